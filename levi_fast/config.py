@@ -1,0 +1,99 @@
+"""``LeviConfig``: one dataclass says all about a LEVI model; transformers saves and loads it as config.json."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from levi_fast.reference import ACTIVATIONS, OBJECTIVES, PROBLEM_TYPES
+from levi_fast.taps import POOLINGS
+
+
+class LeviConfig(PreTrainedConfig):
+    """Configuration of a :class:`levi_fast.LeviModel`. All arguments are keywords.
+
+    Args:
+        backbone: where the frozen backbone comes from: a hub id or a folder. Set by ``get_levi_model`` from the
+            backbone itself; a saved folder never holds an absolute path.
+        backbone_fingerprint: digest of the backbone's weights, checked on load; set by ``get_levi_model``.
+        backbone_layers: dotted name of the backbone's module list of layers, where it cannot be found by itself.
+        taps: "all", "last", "even:k", a list of layer indices (0 is the first layer's output, negatives count
+            from the end), or "none": no backbone, the task model alone.
+        tap_layers, tap_widths: what ``taps`` resolved to, and the widths D_l; set by ``get_levi_model``.
+        pooling: over tokens: "mean", "cls" (first kept token) or "last" (last kept token).
+        hidden_width: H of the adapting layers, or None for linear ones.
+        activation: of the adapting layers: "gelu", "relu", "silu" or "tanh".
+        normalize: LayerNorm without affine parameters on taps and view.
+        mix: "mean" or "learned" (a softmax over layers; needs an objective that trains it, see below).
+        dropout: on the adapting layers' hidden activations.
+        objective: "per_layer" (mean of every layer's loss), "ensemble" (loss of the mixed prediction) or
+            "both" (their mean). "per_layer" alone gives learned mixing weights no gradient and is refused then.
+        view_dropout: probability of zeroing an example's whole view while training.
+        blend: weight a in [0, 1] of the prediction with the view zeroed, used in eval mode:
+            ``(1 - a) y(tap, view) + a y(tap, 0)``. Chosen on in-distribution validation data by ``levi-fast train``.
+        task_model: specification for ``levi_fast.task_models.build_task_model``, {"type": "custom"} for a module
+            of the user's own, None for no view.
+        view_width: V; set from the task model.
+        target_mean, target_std: regression: the loss is taken on ``(label - mean) / std``, and logits come back
+            in the label's own units.
+        num_labels, id2label, label2id, problem_type: transformers' own meaning.
+
+    Raises:
+        ValueError: for a value outside its range; the message names the argument.
+    """
+
+    model_type = "levi"
+    # What Trainer must not gather during evaluation: layer_logits is [L, B, C], and its first axis no batch.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["layer_logits", "logits_without_view"]
+
+    backbone: str | None = None
+    backbone_fingerprint: str | None = None
+    backbone_layers: str | None = None
+    taps: str | list[int] = "all"
+    tap_layers: list[int] | None = None
+    tap_widths: list[int] | None = None
+    pooling: str = "mean"
+    hidden_width: int | None = 256
+    activation: str = "gelu"
+    normalize: bool = True
+    mix: str = "mean"
+    dropout: float = 0.0
+    objective: str = "per_layer"
+    view_dropout: float = 0.5
+    blend: float = 0.0
+    task_model: dict[str, Any] | None = None
+    view_width: int = 0
+    target_mean: float = 0.0
+    target_std: float = 1.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if not isinstance(self.taps, str):
+            self.taps = list(self.taps)
+        _require_one_of("pooling", self.pooling, POOLINGS)
+        _require_one_of("activation", self.activation, ACTIVATIONS)
+        _require_one_of("mix", self.mix, ("mean", "learned"))
+        _require_one_of("objective", self.objective, OBJECTIVES)
+        if self.problem_type is not None:
+            _require_one_of("problem_type", self.problem_type, PROBLEM_TYPES)
+        for name in ("dropout", "view_dropout", "blend"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+        if self.hidden_width is not None and self.hidden_width < 1:
+            raise ValueError(f"hidden_width: expected >= 1, or None for linear, got {self.hidden_width}")
+        if self.dropout and self.hidden_width is None:
+            raise ValueError(f"dropout: acts on hidden activations, and hidden_width=None has none; got {self.dropout}")
+        if self.mix == "learned" and self.objective == "per_layer":
+            raise ValueError(
+                "mix: 'learned' mixing weights get no gradient from objective='per_layer'; "
+                "use objective='both' or 'ensemble', or mix='mean'"
+            )
+        if not self.target_std > 0:
+            raise ValueError(f"target_std: expected > 0, got {self.target_std}")
+
+
+def _require_one_of(name: str, value: Any, allowed: Any) -> None:
+    if value not in tuple(allowed):
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")

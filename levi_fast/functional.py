@@ -1,0 +1,148 @@
+"""Public stateless ops: contracts and argument checks, in the method's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from levi_fast.kernels.layerwise_ensemble import ACTIVATIONS, layerwise_ensemble_eager
+from levi_fast.kernels.layerwise_loss import PROBLEM_TYPES, layerwise_loss_eager
+
+
+def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the kept tokens. (Replaced by the dispatched op.)"""
+    if mask is None:
+        return hidden.float().mean(1).to(hidden.dtype)
+    kept = (mask != 0)[..., None]
+    total = hidden.float().masked_fill(~kept, 0).sum(1)
+    return (total / kept.sum(1).clamp(min=1)).to(hidden.dtype)
+
+
+def layerwise_ensemble(
+    taps: Tensor | Sequence[Tensor],
+    view: Tensor | None,
+    tap_weight: Tensor,
+    view_weight: Tensor | None,
+    bias: Tensor,
+    output_weight: Tensor | None = None,
+    output_bias: Tensor | None = None,
+    mix_weights: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    normalize: bool = True,
+    view_keep: Tensor | None = None,
+    dropout: float = 0.0,
+    zeroed_view: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """LEVI's layer-wise ensemble (Roh et al. 2024): ``y_l = A_l([norm(tap_l) ; norm(view)])``, ``y = sum_l m_l y_l``.
+
+    Args:
+        taps: [L, B, D], or L tensors [B, D_l].
+        view: [B, V], or None for taps alone.
+        tap_weight: [sum_l D_l, K]; layer l's rows follow layer l-1's. K = H, or C without an output layer.
+        view_weight: [V, L, K]; None exactly when ``view`` is.
+        bias: [L, K].
+        output_weight: [C, L, H], or None for linear adapting layers.
+        output_bias: [L, C]; None exactly when ``output_weight`` is.
+        mix_weights: m [L]; None for 1/L.
+        activation: "gelu" (exact), "relu", "silu" or "tanh"; unused without an output layer.
+        normalize: LayerNorm without affine parameters on each tap and on the view.
+        view_keep: bool [B], False where an example's view counts as zero; None keeps all.
+        dropout: probability of dropping a hidden activation; drawn from torch's default generator.
+        zeroed_view: also return the predictions with every view zeroed.
+
+    Returns:
+        logits [B, C], layer_logits [L, B, C], and the same two with the view zeroed (None, None unless asked).
+
+    Raises:
+        ValueError: if a shape does not fit the others, or an option is unknown; the message names the argument.
+    """
+    _require_ensemble_shapes(taps, view, tap_weight, view_weight, bias, output_weight, output_bias, mix_weights)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if view_keep is not None and (view is None or view_keep.shape != view.shape[:1]):
+        shown = None if view is None else [view.shape[0]]
+        raise ValueError(f"view_keep: expected {shown}, one a view, got {list(view_keep.shape)}")
+    return layerwise_ensemble_eager(
+        taps,
+        view,
+        tap_weight,
+        view_weight,
+        bias,
+        output_weight,
+        output_bias,
+        mix_weights,
+        activation=activation,
+        normalize=normalize,
+        view_keep=view_keep,
+        dropout=dropout,
+        zeroed_view=zeroed_view,
+    )
+
+
+def layerwise_loss(layer_logits: Tensor, target: Tensor, problem_type: str) -> Tensor:
+    """Mean over layers of the task's loss, ``mean_l loss(y_l, t)``: a float32 scalar.
+
+    Args:
+        layer_logits: [L, B, C].
+        target: [B] int64 class indices (-100 is ignored) for "single_label_classification"; [B, C] floats in
+            [0, 1] for "multi_label_classification"; [B] (C = 1) or [B, C] floats for "regression" (MSE).
+        problem_type: transformers' convention, as above.
+
+    Raises:
+        ValueError: for an unknown problem type, or a target whose shape or dtype does not fit it.
+    """
+    if problem_type not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}")
+    if layer_logits.dim() != 3:
+        raise ValueError(f"layer_logits: expected [L, B, C], got {list(layer_logits.shape)}")
+    _, batch, outputs = layer_logits.shape
+    if problem_type == "single_label_classification":
+        if list(target.shape) != [batch] or target.is_floating_point():
+            raise ValueError(f"target: expected [{batch}] int64 classes, got {list(target.shape)} {target.dtype}")
+    elif list(target.shape) != [batch, outputs] and not (outputs == 1 and list(target.shape) == [batch]):
+        raise ValueError(f"target: expected [{batch}, {outputs}] for {problem_type}, got {list(target.shape)}")
+    return layerwise_loss_eager(layer_logits, target, problem_type)
+
+
+def _require_ensemble_shapes(
+    taps: Tensor | Sequence[Tensor],
+    view: Tensor | None,
+    tap_weight: Tensor,
+    view_weight: Tensor | None,
+    bias: Tensor,
+    output_weight: Tensor | None,
+    output_bias: Tensor | None,
+    mix_weights: Tensor | None,
+) -> None:
+    if isinstance(taps, Tensor) and taps.dim() != 3:
+        raise ValueError(f"taps: expected [L, B, D], or L tensors [B, D_l], got {list(taps.shape)}")
+    layers, batch = len(taps), taps[0].shape[0] if len(taps) else 0
+    for layer, tap in enumerate(taps):
+        if tap.dim() != 2 or tap.shape[0] != batch:
+            raise ValueError(f"taps[{layer}]: expected [{batch}, D], got {list(tap.shape)}")
+    if bias.dim() != 2 or bias.shape[0] != layers or not layers:
+        raise ValueError(f"bias: expected [{max(layers, 1)}, K], one row a tap, got {list(bias.shape)}")
+    first = bias.shape[1]
+    expected: list[tuple[str, Tensor | None, list[int] | None]] = [
+        ("tap_weight", tap_weight, [sum(tap.shape[1] for tap in taps), first]),
+        ("mix_weights", mix_weights, None if mix_weights is None else [layers]),
+    ]
+    if (view is None) != (view_weight is None):
+        raise ValueError("view_weight: expected exactly when view is given")
+    if view is not None:
+        if view.dim() != 2 or view.shape[0] != batch:
+            raise ValueError(f"view: expected [{batch}, V], got {list(view.shape)}")
+        expected.append(("view_weight", view_weight, [view.shape[1], layers, first]))
+    if (output_weight is None) != (output_bias is None):
+        raise ValueError("output_bias: expected exactly when output_weight is given")
+    if output_weight is not None:
+        outputs = output_weight.shape[0]
+        expected += [
+            ("output_weight", output_weight, [outputs, layers, first]),
+            ("output_bias", output_bias, [layers, outputs]),
+        ]
+    for name, tensor, shape in expected:
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected {shape}, got {list(tensor.shape)}")

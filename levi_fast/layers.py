@@ -1,0 +1,95 @@
+"""Finding a backbone's stack of layers, whatever the architecture calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+
+def find_layers(backbone: nn.Module, path: str | None = None) -> list[nn.Module]:
+    """The backbone's layers in the order they run.
+
+    Looked for in this order: the module list at ``path``; the layer class that the transformers model itself
+    names as the source of its hidden states; the module list as long as the config says there are layers (or
+    stages).
+
+    Args:
+        backbone: the module to search.
+        path: dotted name of the module list, e.g. "encoder.layer".
+
+    Raises:
+        ValueError: if ``path`` is no module list, or no single stack of layers can be found.
+    """
+    if path is not None:
+        return _layers_at(backbone, path)
+    for candidates in (_recorded_layers(backbone), _configured_layers(backbone)):
+        if candidates:
+            return candidates
+    names = [f"{name} ({len(m)})" for name, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    raise ValueError(
+        f"backbone: no single stack of layers found in {type(backbone).__name__}; "
+        f"pass layers= with one of its module lists: {', '.join(names) or 'it has none'}"
+    )
+
+
+def stack_path(backbone: nn.Module, layers: Sequence[nn.Module]) -> str:
+    """Dotted name of the module that directly holds ``layers`` ("" for the backbone itself)."""
+    for name, module in backbone.named_modules():
+        if any(child is layers[0] for child in module.children()):
+            return name
+    raise ValueError("layers: expected layers of this backbone")
+
+
+def _layers_at(backbone: nn.Module, path: str) -> list[nn.Module]:
+    try:
+        found = backbone.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"layers: {type(backbone).__name__} has no module {path!r}") from None
+    if not isinstance(found, nn.ModuleList | nn.Sequential) or not len(found):
+        raise ValueError(f"layers: expected a non-empty ModuleList at {path!r}, got {type(found).__name__}")
+    return list(found)
+
+
+def _recorded_layers(backbone: nn.Module) -> list[nn.Module]:
+    """Instances of the class that transformers records as ``hidden_states``, if they stand in one stack."""
+    recorded: Any = (getattr(backbone, "_can_record_outputs", None) or {}).get("hidden_states")
+    specifications = recorded if isinstance(recorded, list | tuple) else [recorded]
+    classes = tuple(
+        cls for spec in specifications if isinstance(cls := getattr(spec, "target_class", spec), type)
+    )
+    if not classes:
+        return []
+    stacks = [
+        list(module)
+        for module in backbone.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(m, classes) for m in module)
+    ]
+    return stacks[0] if len(stacks) == 1 else []
+
+
+def _configured_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The shallowest module list as long as the config's number of layers or stages."""
+    config = getattr(backbone, "config", None)
+    expected = {
+        len(value) if isinstance(value, list | tuple) else value
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "depths")
+        if (value := getattr(config, name, None)) is not None
+    }
+    stacks = [
+        (name.count("."), list(module))
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) in expected
+    ]
+    if not stacks and config is None:  # a plain module: accept its only list of layers
+        stacks = [
+            (name.count("."), list(module))
+            for name, module in backbone.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module)
+        ]
+    if not stacks:
+        return []
+    depth = min(d for d, _ in stacks)
+    shallowest = [layers for d, layers in stacks if d == depth]
+    return shallowest[0] if len(shallowest) == 1 else []

@@ -1,0 +1,475 @@
+"""``LeviModel``: a frozen backbone, a task model and the layer-wise ensemble as one transformers model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from levi_fast import functional
+from levi_fast.backbones import backbone_name, fingerprint, load_backbone
+from levi_fast.config import LeviConfig
+from levi_fast.errors import BackboneMismatchError, DataError
+from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
+from levi_fast.reference import blend
+from levi_fast.storage import staged_directory
+from levi_fast.taps import TapExtractor
+from levi_fast.widths import measure_widths
+
+WEIGHTS_NAME = "model.safetensors"
+_BACKBONE_PREFIX = "backbone."
+
+
+@dataclass
+class LeviOutput(ModelOutput):
+    """What a :class:`LeviModel` returns; never the backbone's hidden states.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: [B, C]; in eval mode blended with the zeroed-view prediction by ``config.blend``. For regression
+            in the label's own units.
+        layer_logits: [L, B, C], each adapting layer's prediction, blended likewise.
+        logits_without_view: [B, C], the prediction with the view zeroed; in eval mode, where there is a view.
+        logits_with_view: [B, C], the prediction before blending; likewise.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    layer_logits: Tensor | None = None
+    logits_without_view: Tensor | None = None
+    logits_with_view: Tensor | None = None
+
+
+class LeviModel(PreTrainedModel):
+    """LEVI (Roh et al., ICML 2024, arXiv 2402.04644) over any transformers backbone.
+
+    Build one with :func:`get_levi_model`, or load one with :meth:`from_pretrained`. The backbone is frozen and
+    stays in eval mode whatever ``train()`` says. ``state_dict`` and ``save_pretrained`` hold what is trained
+    (ensemble and task model), never the backbone's weights.
+
+    Attributes:
+        backbone: the frozen model, or None (``taps="none"``, or loaded to run on precomputed taps alone).
+        extractor: reads the taps out of it, or None.
+        task_model: the small model trained from scratch, or None.
+        ensemble: the :class:`levi_fast.LayerwiseEnsemble`.
+    """
+
+    config_class = LeviConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # tells Trainer that the loss is a mean over this batch
+    supports_gradient_checkpointing = False
+
+    def __init__(
+        self, config: LeviConfig, backbone: nn.Module | None = None, task_model: nn.Module | None = None
+    ) -> None:
+        super().__init__(config)
+        if config.tap_widths is None:
+            raise ValueError("config.tap_widths: expected the taps' widths; build a new model with get_levi_model")
+        self.task_model = task_model if task_model is not None else _build_task_model(config)
+        self.ensemble = LayerwiseEnsemble(
+            config.tap_widths,
+            config.view_width,
+            config.num_labels,
+            hidden_width=config.hidden_width,
+            activation=cast(Any, config.activation),
+            normalize=config.normalize,
+            mix=cast(Any, config.mix),
+            dropout=config.dropout,
+            view_dropout=config.view_dropout,
+        )
+        self.backbone = backbone
+        self.extractor: TapExtractor | None = None
+        if backbone is not None:
+            self.extractor = TapExtractor(
+                backbone,
+                config.tap_layers if config.tap_layers is not None else config.taps,
+                cast(Any, config.pooling),
+                layers=config.backbone_layers,
+            )
+        self._task_inputs, self._task_takes_all = _keyword_names(self.task_model)
+        self.post_init()
+        self.register_state_dict_post_hook(_drop_backbone)
+        self.register_load_state_dict_post_hook(_forgive_missing_backbone)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every part initialises itself, and the backbone must keep its weights."""
+
+    def init_weights(self) -> None:
+        """Nothing, for the same reason."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the trained part's mode; the backbone stays in eval mode, dropout and BatchNorm included."""
+        super().train(mode)
+        if self.backbone is not None:
+            self.backbone.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        taps: Tensor | None = None,
+        numeric: Tensor | None = None,
+        categorical: Tensor | None = None,
+        history_features: Tensor | None = None,
+        history_ratings: Tensor | None = None,
+        history_mask: Tensor | None = None,
+        target_features: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> LeviOutput | tuple[Tensor, ...]:
+        """Predict, and compute the loss where labels are given.
+
+        Every input goes by its name to the backbone, to the task model, or to both.
+
+        Args:
+            labels: [B] int64 classes, [B, C] floats (multi-label), or [B] / [B, C] floats (regression).
+            taps: [B, sum_l D_l], precomputed (see :meth:`extract_taps`): the backbone is not run.
+            return_dict: False for a plain tuple.
+
+        Raises:
+            ValueError: if neither backbone nor task model takes an input, a row is all padding, or labels do not
+                fit ``num_labels`` and ``problem_type``; the message names the argument.
+        """
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "pixel_values": pixel_values,
+            "numeric": numeric,
+            "categorical": categorical,
+            "history_features": history_features,
+            "history_ratings": history_ratings,
+            "history_mask": history_mask,
+            "target_features": target_features,
+            **inputs,
+        }
+        given = {name: value for name, value in named.items() if value is not None}
+        self._refuse_unknown(given)
+        view = None
+        if self.task_model is not None:
+            arguments = given if self._task_takes_all else {k: v for k, v in given.items() if k in self._task_inputs}
+            view = self.task_model(**arguments)
+        layer_taps = self._taps(given, taps, view)
+        asks_zeroed = view is not None and not self.training and any(self.ensemble.tap_widths)
+        output: EnsembleOutput = self.ensemble(layer_taps, view, zeroed_view=asks_zeroed)
+        with_view = output.logits
+        if asks_zeroed:
+            output = blend(output, self.config.blend)
+        loss = None if labels is None else self.loss(output, labels)
+        result = LeviOutput(
+            loss=cast(Any, loss),
+            logits=self._in_label_units(output.logits),
+            layer_logits=self._in_label_units(output.layer_logits),
+            logits_without_view=self._in_label_units(output.logits_without_view),
+            logits_with_view=self._in_label_units(with_view) if asks_zeroed else None,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def extract_taps(self, **inputs: Any) -> Tensor:
+        """Run the backbone alone: its taps [B, sum_l D_l] in its dtype, layer after layer.
+
+        Args:
+            **inputs: the backbone's keyword arguments; others are ignored.
+
+        Raises:
+            ValueError: if this model has no backbone, or a row is all padding.
+        """
+        if self.extractor is None:
+            raise ValueError("backbone: this model has none to extract taps from")
+        accepted = {k: v for k, v in inputs.items() if v is not None and k in self.extractor.input_names}
+        taps = self.extractor(**accepted)
+        return torch.cat(list(taps), dim=1)
+
+    def loss(self, output: EnsembleOutput, labels: Tensor) -> Tensor:
+        """LEVI's objective on the ensemble's raw outputs; sets ``config.problem_type`` by transformers' rule."""
+        config = self.config
+        if config.problem_type is None:
+            config.problem_type = _infer_problem_type(config.num_labels, labels)
+        _check_labels(labels, output.logits, config.problem_type)
+        if config.problem_type == "regression":
+            labels = (labels.float() - config.target_mean) / config.target_std
+        if config.objective == "per_layer":
+            return functional.layerwise_loss(output.layer_logits, labels, config.problem_type)
+        ensemble = functional.layerwise_loss(output.logits[None], labels, config.problem_type)
+        if config.objective == "ensemble":
+            return ensemble
+        return (functional.layerwise_loss(output.layer_logits, labels, config.problem_type) + ensemble) / 2
+
+    def num_parameters_by_part(self) -> tuple[int, int]:
+        """(trained, all) parameters, the backbone's included in the second."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trained, sum(p.numel() for p in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, beside all there are."""
+        trained, total = self.num_parameters_by_part()
+        share = 100 * trained / total if total else 0.0
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write config.json and model.safetensors: all that was trained, without the backbone's weights.
+
+        Files are staged, fsynced and renamed, so that an interrupted save leaves what was there before. The
+        backbone is named by hub id or by a path relative to ``save_directory``. Arguments are transformers'.
+        """
+        if not kwargs.get("is_main_process", args[0] if args else True):
+            return
+        folder = Path(save_directory)
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = _without_backbone(kwargs["state_dict"])
+        push = kwargs.pop("push_to_hub", False)
+        in_memory = self.config
+        self.config = copy.deepcopy(in_memory)
+        self.config.backbone = _portable_name(in_memory.backbone, folder)
+        try:
+            with staged_directory(folder) as stage:
+                super().save_pretrained(stage, *args, **kwargs)
+        finally:
+            self.config = in_memory
+        if push:
+            self.push_to_hub(folder.name)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        backbone: nn.Module | None = None,
+        task_model: nn.Module | None = None,
+        config: LeviConfig | None = None,
+        load_backbone_weights: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a saved LEVI folder (or hub id) in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: what ``save_pretrained`` wrote.
+            backbone: the backbone to use; None loads the one that the config names.
+            task_model: needed where the task model was the user's own module.
+            load_backbone_weights: False leaves the backbone out: the model then runs on precomputed ``taps``.
+
+        Raises:
+            BackboneMismatchError: if the backbone is not the one trained on; names both fingerprints.
+            DataError: if the folder, its weights or the backbone cannot be loaded.
+            TypeError: for an argument not listed here.
+        """
+        for ignorable in ("trust_remote_code", "_from_auto", "adapter_kwargs"):  # what Auto classes pass along
+            kwargs.pop(ignorable, None)
+        if kwargs:
+            raise TypeError(f"from_pretrained: unexpected arguments {sorted(kwargs)}")
+        config_path, weights_path = _model_files(str(pretrained_model_name_or_path))
+        config = config if config is not None else LeviConfig.from_pretrained(config_path.parent)
+        if backbone is None and load_backbone_weights and config.tap_layers is not None:
+            if config.backbone is None:
+                raise DataError("backbone: the model was trained on one given as an object; pass backbone=")
+            config.backbone = _located_name(config.backbone, config_path.parent)
+            backbone = load_backbone(config.backbone)
+        model = cls(config, backbone, task_model)
+        if model.extractor is not None and config.backbone_fingerprint is not None:
+            found = _fingerprint_of(model.extractor)
+            if found != config.backbone_fingerprint:
+                raise BackboneMismatchError(
+                    f"backbone: the model was trained on {config.backbone_fingerprint}, "
+                    f"and this backbone ({backbone_name(cast(nn.Module, backbone)) or 'unnamed'}) is {found}"
+                )
+        model.load_state_dict(load_file(weights_path))
+        return model.eval()
+
+    def _taps(
+        self, given: dict[str, Any], taps: Tensor | None, view: Tensor | None
+    ) -> Tensor | Sequence[Tensor]:
+        widths = self.ensemble.tap_widths
+        if not any(widths):  # taps="none"
+            if view is None:
+                raise ValueError("view: expected a task model, as taps='none' leaves nothing else")
+            return [view.new_empty(view.shape[0], 0)]
+        if taps is None:
+            if self.extractor is None:
+                raise ValueError("taps: expected precomputed taps, as this model was loaded without its backbone")
+            accepted = {name: value for name, value in given.items() if name in self.extractor.input_names}
+            return _cast(self.extractor(**accepted), self.ensemble.bias.dtype)
+        if taps.dim() != 2 or taps.shape[1] != sum(widths):
+            raise ValueError(f"taps: expected [B, {sum(widths)}], got {list(taps.shape)}")
+        taps = taps.to(self.ensemble.bias.dtype)
+        if len(set(widths)) == 1:
+            return taps.view(-1, len(widths), widths[0]).transpose(0, 1)
+        return list(taps.split(widths, dim=1))
+
+    def _refuse_unknown(self, given: dict[str, Any]) -> None:
+        if self._task_takes_all:
+            return
+        known = self._task_inputs | (self.extractor.input_names if self.extractor is not None else frozenset())
+        # Without a backbone its inputs may still be in the batch; a tokenizer makes these three whatever is asked.
+        known |= {"input_ids", "attention_mask", "token_type_ids"}
+        if self.extractor is None:
+            known |= {"pixel_values"}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise ValueError(f"inputs: neither the backbone nor the task model takes {unknown}")
+
+    def _in_label_units(self, logits: Any) -> Any:
+        if logits is None or self.config.problem_type != "regression":
+            return logits
+        if self.config.target_mean == 0 and self.config.target_std == 1:
+            return logits
+        return logits * self.config.target_std + self.config.target_mean
+
+
+def get_levi_model(
+    backbone: nn.Module | str | None, config: LeviConfig, task_model: nn.Module | None = None
+) -> LeviModel:
+    """Wrap a backbone: freeze it, resolve the taps, build the ensemble (and the task model, if not given).
+
+    Args:
+        backbone: a transformers model (or any module with one stack of layers), a hub id or folder to load it
+            from, or None with ``taps="none"``. It is frozen in place, not copied.
+        config: a :class:`LeviConfig`; a completed copy of it ends up as ``model.config``.
+        task_model: a module that returns [B, V] from keyword tensors; None builds ``config.task_model``'s
+            specification, or goes without a view where that is None too.
+
+    Raises:
+        ValueError: for a tap out of range, layers that cannot be found, or a task model of unknown width.
+        DataError: if a backbone's name cannot be loaded.
+    """
+    config = copy.deepcopy(config)
+    if task_model is not None:
+        config.task_model = dict(getattr(task_model, "spec", None) or {"type": "custom"})
+        config.view_width = _view_width(task_model, config.view_width)
+    elif config.task_model is not None:
+        task_model = cast(nn.Module, _build_task_model(config))
+        # With every default written out, so that a later release's other defaults do not change a saved model.
+        config.task_model = dict(getattr(task_model, "spec", config.task_model))
+        config.view_width = _view_width(task_model, config.view_width)
+    else:
+        config.view_width = 0
+    if config.taps == "none":
+        if task_model is None:
+            raise ValueError("taps: 'none' leaves the task model alone, and there is none")
+        config.tap_layers, config.tap_widths = None, [0]
+        config.view_dropout = 0.0  # a dropped view would leave an example with nothing at all
+        return LeviModel(config, None, task_model)
+    if backbone is None:
+        raise ValueError("backbone: expected a model or a name; only taps='none' goes without")
+    if isinstance(backbone, str):
+        config.backbone = backbone
+        backbone = load_backbone(backbone)
+    else:
+        config.backbone = backbone_name(backbone)
+    extractor = TapExtractor(backbone, config.taps, cast(Any, config.pooling), layers=config.backbone_layers)
+    config.tap_layers = extractor.layers
+    config.tap_widths = measure_widths(extractor)
+    config.backbone_fingerprint = _fingerprint_of(extractor)
+    return LeviModel(config, backbone, task_model)
+
+
+def _fingerprint_of(extractor: TapExtractor) -> str:
+    return fingerprint(extractor.runner, extractor.blocks, extractor.layers[-1])
+
+
+def _cast(taps: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
+    return taps.to(dtype) if isinstance(taps, Tensor) else [tap.to(dtype) for tap in taps]
+
+
+def _build_task_model(config: LeviConfig) -> nn.Module | None:
+    if config.task_model is None:
+        return None
+    if config.task_model.get("type") == "custom":
+        raise ValueError("task_model: this model was built with the user's own module; pass task_model=")
+    from levi_fast.task_models import build_task_model
+
+    return build_task_model(config.task_model)
+
+
+def _view_width(task_model: nn.Module, configured: int) -> int:
+    width = getattr(task_model, "view_width", None) or configured
+    if not width:
+        raise ValueError(
+            f"task_model: {type(task_model).__name__} has no view_width; set it, or LeviConfig(view_width=...)"
+        )
+    return int(width)
+
+
+def _keyword_names(module: nn.Module | None) -> tuple[frozenset[str], bool]:
+    """The names that a module's forward takes, and whether it takes any."""
+    if module is None:
+        return frozenset(), False
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _infer_problem_type(num_labels: int, labels: Tensor) -> str:
+    """transformers' rule: one output is regression; integer labels are classes; float labels are multi-label."""
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def _check_labels(labels: Tensor, logits: Tensor, problem_type: str) -> None:
+    batch, outputs = logits.shape
+    if problem_type == "single_label_classification":
+        if labels.is_floating_point() or list(labels.shape) != [batch]:
+            raise ValueError(f"labels: expected [{batch}] int64 classes, got {list(labels.shape)} {labels.dtype}")
+        return
+    fits = list(labels.shape) == [batch, outputs] or (outputs == 1 and list(labels.shape) == [batch])
+    if not fits:
+        raise ValueError(f"labels: expected [{batch}, {outputs}] for {problem_type}, got {list(labels.shape)}")
+
+
+def _without_backbone(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if not name.startswith(_BACKBONE_PREFIX)}
+
+
+def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix + _BACKBONE_PREFIX)]:
+        del state[name]
+
+
+def _forgive_missing_backbone(module: nn.Module, incompatible: Any) -> None:
+    missing = incompatible.missing_keys
+    missing[:] = [name for name in missing if _BACKBONE_PREFIX not in name]
+
+
+def _portable_name(name: str | None, folder: Path) -> str | None:
+    """A hub id as it is; a folder as a path relative to the one that is written."""
+    if name is None or not Path(name).expanduser().is_dir():
+        return name if name is None or not Path(name).is_absolute() else None
+    relative = os.path.relpath(Path(name).expanduser().resolve(), folder.resolve())
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def _located_name(name: str, folder: Path) -> str:
+    """The inverse of :func:`_portable_name`: a relative path is taken from the model's folder."""
+    return str((folder / name).resolve()) if name.startswith(".") else name
+
+
+def _model_files(name: str) -> tuple[Path, Path]:
+    """config.json and model.safetensors, in a folder or fetched from the hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        for required in ("config.json", WEIGHTS_NAME):
+            if not (folder / required).is_file():
+                raise DataError(f"model: expected {required} in {name!r}, found none; is it a saved LEVI folder?")
+        return folder / "config.json", folder / WEIGHTS_NAME
+    from transformers.utils import cached_file
+
+    try:
+        return Path(str(cached_file(name, "config.json"))), Path(str(cached_file(name, WEIGHTS_NAME)))
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise DataError(f"model: {name!r} is no folder and cannot be had from the hub: {reason}") from error

@@ -1,0 +1,53 @@
+"""``LayerwiseEnsemble``: the drop-in for :class:`levi_fast.reference.LayerwiseEnsemble`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from levi_fast import functional, reference
+from levi_fast.reference import EnsembleOutput
+
+__all__ = ["EnsembleOutput", "LayerwiseEnsemble"]
+
+
+class LayerwiseEnsemble(reference.LayerwiseEnsemble):
+    """LEVI's layer-wise ensemble with the reference's constructor, parameters and results, computed at once.
+
+    It inherits construction, initialisation and checks from the reference, so that a ``state_dict`` fits both;
+    the computation is :func:`levi_fast.functional.layerwise_ensemble`'s. With the same seed, view dropout
+    draws the same examples as the reference; hidden dropout draws other units with the same probability.
+    """
+
+    def forward(
+        self,
+        taps: Tensor | Sequence[Tensor],
+        view: Tensor | None = None,
+        *,
+        zeroed_view: bool = False,
+    ) -> EnsembleOutput:
+        """As :meth:`levi_fast.reference.LayerwiseEnsemble.forward`: taps [L, B, D] or L × [B, D_l], view [B, V].
+
+        Raises:
+            ValueError: if a shape does not fit the constructor's widths; the message names the argument.
+        """
+        reference.check_ensemble_inputs(taps, view, self.tap_widths, self.view_width)
+        keep = None if view is None else self.draw_view_keep(view.shape[0], view.device)
+        return EnsembleOutput(
+            *functional.layerwise_ensemble(
+                taps,
+                view,
+                self.tap_weight,
+                self.view_weight,
+                self.bias,
+                self.output_weight,
+                self.output_bias,
+                None if self.mix_logits is None else self.mix_logits.softmax(0),
+                activation=self.activation,
+                normalize=self.normalize,
+                view_keep=keep,
+                dropout=self.dropout if self.training else 0.0,
+                zeroed_view=zeroed_view,
+            )
+        )

@@ -1,0 +1,204 @@
+"""``TapExtractor``: streams pooled activations out of a frozen backbone.
+
+Each tapped layer's output is pooled inside a forward hook, and the hidden state is let go at once: what stays
+is [B, D] per tap, never [B, T, D]. The forward ends at the last tap; nothing above it runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from levi_fast.functional import masked_mean_pool
+from levi_fast.layers import find_layers
+from levi_fast.selection import resolve_taps
+
+Pooling = Literal["mean", "cls", "last"]
+POOLINGS: tuple[str, ...] = ("mean", "cls", "last")
+
+# Asked of every backbone that has the argument: none of it is used, and each would keep large tensors alive.
+_KEEP_NOTHING = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
+
+
+class _LastTapReached(Exception):
+    """Raised inside the last tap's hook to end the backbone's forward there."""
+
+
+class TapExtractor:
+    """Reads pooled activations of a frozen backbone's layers.
+
+    Building one freezes the backbone: its parameters stop requiring gradients and it is put into eval mode,
+    which every call makes sure of again, so that dropout stays off and BatchNorm's statistics stay still even
+    after ``model.train()``.
+
+    Args:
+        backbone: a transformers model, or any module whose layers stand in one ``nn.ModuleList``. Of an
+            encoder-decoder, the encoder is tapped.
+        taps: which layers' outputs: "all", "last", "even:k" (k layers spread evenly, the last one included),
+            or indices counted from 0 at the first layer, negative ones from the end.
+        pooling: over the tokens that the attention mask keeps: "mean", "cls" (the first of them) or "last"
+            (the last of them). Without a mask all tokens count.
+        layers: dotted name of the ``nn.ModuleList`` of layers, for a backbone where it cannot be found.
+
+    Attributes:
+        runner: the module that is run: the backbone, or its encoder.
+        blocks: the runner's whole stack of layers.
+        layers: the tapped indices, ascending.
+
+    Raises:
+        ValueError: for an unknown pooling, a tap out of range, or layers that cannot be found.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        taps: str | Sequence[int] = "all",
+        pooling: Pooling = "mean",
+        *,
+        layers: str | None = None,
+    ) -> None:
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        self.backbone = backbone
+        self.pooling = pooling
+        self.runner = _encoder_of(backbone)
+        self.blocks = find_layers(self.runner, layers)
+        self.layers = resolve_taps(taps, len(self.blocks))
+        self._accepted = _accepted_arguments(self.runner)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Stop gradients into the backbone and put it into eval mode."""
+        self.backbone.requires_grad_(False)
+        self.backbone.eval()
+
+    def accepts(self, name: str) -> bool:
+        """Whether the backbone's forward takes an argument of this name."""
+        return name in self._accepted
+
+    @property
+    def input_names(self) -> frozenset[str]:
+        """Names of the arguments that the backbone's forward takes."""
+        return self._accepted
+
+    def __call__(self, **inputs: Any) -> Tensor | list[Tensor]:
+        """Run the backbone as far as the last tap.
+
+        Args:
+            **inputs: the backbone's own keyword arguments (``input_ids`` [B, T], ``attention_mask`` [B, T],
+                ``pixel_values`` [B, 3, H, W], ...).
+
+        Returns:
+            [L, B, D] in the backbone's dtype, or a list of L tensors [B, D_l] where widths differ.
+
+        Raises:
+            ValueError: if a row of ``attention_mask`` (on the CPU, where looking costs nothing) is all padding,
+                or if the mask's length differs from the hidden states'.
+        """
+        if self.backbone.training:  # a parent's .train() reached it
+            self.backbone.eval()
+        mask = inputs.get("attention_mask")
+        _check_mask(mask)
+        arguments = dict(inputs)
+        for name, value in _KEEP_NOTHING.items():
+            if name in self._accepted:
+                arguments[name] = value
+        pooled: list[Tensor | None] = [None] * len(self.layers)
+        handles = [
+            self.blocks[layer].register_forward_hook(self._make_hook(pooled, position, mask))
+            for position, layer in enumerate(self.layers)
+        ]
+        try:
+            with torch.no_grad():
+                self.runner(**arguments)
+        except _LastTapReached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [layer for layer, tap in zip(self.layers, pooled, strict=True) if tap is None]
+        if missing:  # e.g. layer drop, or a model that calls its blocks' insides directly
+            raise RuntimeError(f"taps: the backbone's forward never ran its layers {missing}")
+        taps = cast(list[Tensor], pooled)
+        if len({tap.shape[1] for tap in taps}) == 1:
+            return torch.stack(taps)
+        return taps
+
+    def _make_hook(
+        self, pooled: list[Tensor | None], position: int, mask: Tensor | None
+    ) -> Callable[[nn.Module, Any, Any], None]:
+        last = position == len(self.layers) - 1
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            pooled[position] = pool(hidden, mask, self.pooling)
+            if last:
+                raise _LastTapReached
+
+        return hook
+
+
+def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """Reduce hidden states to one vector an example.
+
+    Args:
+        hidden: [B, T, D], or [B, D, height, width] (a convolutional stage: every position is a token).
+        mask: [B, T], non-zero where a token counts, or None.
+        pooling: "mean", "cls" or "last".
+
+    Returns:
+        [B, D] in ``hidden``'s dtype.
+
+    Raises:
+        ValueError: if the mask's length differs from T.
+    """
+    if hidden.dim() == 4:
+        hidden, mask = hidden.flatten(2).transpose(1, 2), None
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden: expected [B, T, D] or [B, D, height, width], got {list(hidden.shape)}")
+    if mask is not None and mask.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"attention_mask: expected the hidden states' {hidden.shape[1]} positions, got {mask.shape[1]}; "
+            "pad the inputs to a length that the backbone keeps"
+        )
+    if pooling == "mean":
+        return masked_mean_pool(hidden, mask)
+    if mask is None:
+        return hidden[:, 0 if pooling == "cls" else -1].clone()  # a clone lets the hidden states go
+    kept = (mask != 0).to(torch.int64)
+    if pooling == "cls":
+        index = kept.argmax(1)  # the first kept token, wherever the padding is
+    else:
+        index = kept.shape[1] - 1 - kept.flip(1).argmax(1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
+
+
+def _check_mask(mask: Tensor | None) -> None:
+    if mask is None:
+        return
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask: expected [B, T], got {list(mask.shape)}")
+    if mask.device.type == "cpu":
+        empty = ((mask != 0).sum(1) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"attention_mask: expected at least one token a row, got only padding in rows {empty}")
+
+
+def _encoder_of(backbone: nn.Module) -> nn.Module:
+    """The part to run: the encoder of an encoder-decoder, else the backbone itself."""
+    if getattr(getattr(backbone, "config", None), "is_encoder_decoder", False) and hasattr(backbone, "decoder"):
+        return cast(nn.Module, cast(Any, backbone).get_encoder())
+    if getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
+        base = getattr(backbone, getattr(backbone, "base_model_prefix", ""), None)
+        if isinstance(base, nn.Module) and hasattr(base, "decoder"):
+            return cast(nn.Module, cast(Any, base).get_encoder())
+    return backbone
+
+
+def _accepted_arguments(module: nn.Module) -> frozenset[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
