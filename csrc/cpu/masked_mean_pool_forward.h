@@ -1,0 +1,141 @@
+// The forward kernel, written once over the vector types of vec.h and compiled once per instruction set.
+//
+// A memory-bound sum: each kept row is read once, in address order, into fp32 accumulators that stay in L1. Eight rows
+// are added per pass over the accumulators, so these cost one load and one store for eight row loads. Sums are taken
+// over 64 rows, then over 64 such sums, then over those: the rounding error grows with the depth of that tree instead
+// of with T, as in PyTorch's own sum.
+#pragma once
+
+#include "mask_scan.h"
+#include "masked_mean_pool.h"
+#include "vec.h"
+
+namespace levi_fast {
+namespace {
+
+constexpr int kBlockRows = 64;
+constexpr int kBlocksPerLevel = 64;
+
+template <int R, bool kFirst, bool kUnitStride, class W, class T, class Acc>
+inline void add_rows(const T* const* rows, int64_t stride_d, int64_t columns, Acc* __restrict acc) {
+  const T* r[R];
+  for (int i = 0; i < R; ++i) {
+    r[i] = rows[i];
+  }
+  for_each_vector(W{}, 0, columns, [&](auto* tag, int64_t j) {
+    using V = __typeof__(*tag + *tag);
+    const int64_t offset = kUnitStride ? j : j * stride_d;
+    V sum = V::load(r[0] + offset);
+    if constexpr (R == 2) {
+      sum = sum + V::load(r[1] + offset);
+    } else if constexpr (R >= 4) {
+      sum = (sum + V::load(r[1] + offset)) + (V::load(r[2] + offset) + V::load(r[3] + offset));
+      if constexpr (R == 8) {
+        sum = sum + ((V::load(r[4] + offset) + V::load(r[5] + offset)) +
+                     (V::load(r[6] + offset) + V::load(r[7] + offset)));
+      }
+    }
+    if constexpr (!kFirst) {
+      sum = V::load(acc + j) + sum;
+    }
+    sum.store(acc + j);
+  });
+}
+
+template <int R, bool kUnitStride, class W, class T, class Acc>
+inline int add_group(const T* const* rows, int done, int count, int64_t stride_d, int64_t columns, Acc* acc) {
+  for (; done + R <= count; done += R) {
+    if (done == 0) {
+      add_rows<R, true, kUnitStride, W>(rows, stride_d, columns, acc);
+    } else {
+      add_rows<R, false, kUnitStride, W>(rows + done, stride_d, columns, acc);
+    }
+  }
+  return done;
+}
+
+// acc = sum of `count` rows, 1 <= count <= kBlockRows.
+template <bool kUnitStride, class W, class T, class Acc>
+inline void sum_block(const T* const* rows, int count, int64_t stride_d, int64_t columns, Acc* acc) {
+  int done = add_group<8, kUnitStride, W>(rows, 0, count, stride_d, columns, acc);
+  done = add_group<4, kUnitStride, W>(rows, done, count, stride_d, columns, acc);
+  done = add_group<2, kUnitStride, W>(rows, done, count, stride_d, columns, acc);
+  add_group<1, kUnitStride, W>(rows, done, count, stride_d, columns, acc);
+}
+
+// to = from where `first`, to += from elsewhere.
+template <class W, class Acc>
+inline void fold(bool first, const Acc* __restrict from, Acc* __restrict to, int64_t columns) {
+  for_each_vector(W{}, 0, columns, [&](auto* tag, int64_t j) {
+    using V = __typeof__(*tag + *tag);
+    const V value = V::load(from + j);
+    (first ? value : V::load(to + j) + value).store(to + j);
+  });
+}
+
+template <bool kUnitStride, class W, class T, class Acc>
+inline void pool_columns(const PoolForward& args, int64_t b, int64_t begin, int64_t end) {
+  alignas(64) Acc level[3][kMaxTile];
+  const int64_t columns = end - begin;
+  const T* base = static_cast<const T*>(args.hidden) + b * args.stride_b + begin * args.stride_d;
+  T* out = static_cast<T*>(args.out) + b * args.width + begin;
+
+  int64_t kept = 0;
+  int blocks = 0;         // 64-row sums folded into level 1 since it was last emptied
+  bool top_used = false;  // level 2 holds something
+  int64_t t = 0;
+  while (t < args.length) {
+    const T* rows[kBlockRows];
+    int count = 0;
+    t = scan(args.mask, b, t, args.length, [&](int64_t row, bool keep) {
+      rows[count] = base + row * args.stride_t;
+      count += keep;
+      return count < kBlockRows;
+    });
+    if (count == 0) {
+      break;  // the rest is masked: scan stops early only on a full block
+    }
+    kept += count;
+    sum_block<kUnitStride, W>(rows, count, args.stride_d, columns, level[0]);
+    fold<W>(blocks == 0, level[0], level[1], columns);
+    if (++blocks == kBlocksPerLevel) {
+      fold<W>(!top_used, level[1], level[2], columns);
+      top_used = true;
+      blocks = 0;
+    }
+  }
+  if (kept == 0) {
+    for (int64_t j = 0; j < columns; ++j) {
+      narrow(Acc(0), out + j);
+    }
+    return;
+  }
+  if (blocks != 0 && top_used) {
+    fold<W>(false, level[1], level[2], columns);
+  }
+  const Acc* total = top_used ? level[2] : level[1];
+  const Acc divisor = static_cast<Acc>(kept);
+  for_each_vector(W{}, 0, columns, [&](auto* tag, int64_t j) {
+    using V = __typeof__(*tag + *tag);
+    (V::load(total + j) / divisor).store(out + j);
+  });
+}
+
+template <class W, class T, class Acc>
+void pool_forward(const PoolForward& args, int64_t b, int64_t begin, int64_t end) {
+  if (args.stride_d == 1) {
+    pool_columns<true, W, T, Acc>(args, b, begin, end);
+  } else {
+    pool_columns<false, Widths<One<Acc>>, T, Acc>(args, b, begin, end);
+  }
+}
+
+// W: the widths for fp32 accumulators. fp64 (there for gradient checks) is left to the compiler's vectoriser.
+template <class W>
+constexpr PoolForwardTable make_table() {
+  return {{&pool_forward<W, float, float>, &pool_forward<W, bf16, float>, &pool_forward<W, f16, float>,
+           &pool_forward<Widths<One<double>>, double, double>}};
+}
+
+}  // namespace
+}  // namespace levi_fast

@@ -1,0 +1,7 @@
+// Compiled with this instruction set's flags (CMakeLists.txt) and called only where the machine has it.
+#define LEVI_FAST_ISA_SCALAR 1
+#include "masked_mean_pool_forward.h"
+
+namespace levi_fast {
+extern const PoolForwardTable kPoolForwardScalar = make_table<Widths<One<float>>>();
+}  // namespace levi_fast

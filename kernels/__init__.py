@@ -1,0 +1,22 @@
+"""Op schemas, input checks, gradients and dispatch; installed as ``levi_fast.kernels``. Knows torch and nothing above it.
+
+Importing it loads the native library (see :mod:`levi_fast.kernels.native`) and registers every op.
+"""
+
+from __future__ import annotations
+
+from levi_fast.kernels import native, registry
+from levi_fast.kernels.schemas import SCHEMAS
+
+# Schemas first: each op's file attaches its checks, its gradient and its eager twin to them.
+registry.define_ops(SCHEMAS, native_loaded=native.load().loaded)
+
+from levi_fast.kernels.masked_mean_pool import masked_mean_pool  # noqa: E402
+from levi_fast.kernels.registry import (  # noqa: E402
+    BackendUnavailableError,
+    OpReport,
+    backend_report,
+    use_backend,
+)
+
+__all__ = ["BackendUnavailableError", "OpReport", "backend_report", "masked_mean_pool", "use_backend"]

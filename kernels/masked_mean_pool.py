@@ -1,0 +1,209 @@
+"""masked_mean_pool: mean over the kept tokens. Schema checks, eager twin, gradient and dispatch.
+
+    out[b] = sum_t keep[b, t] * hidden[b, t] / sum_t keep[b, t]        (zeros where nothing is kept)
+
+The native CPU kernel is csrc/masked_mean_pool.cpp; it repeats the checks below word for word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from levi_fast.kernels import native
+from levi_fast.kernels.registry import (
+    LIBRARY,
+    Implementation,
+    forced,
+    raise_second_derivative,
+    register,
+    requested_backend,
+)
+
+NAME = "masked_mean_pool"
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOAT_DTYPES)
+
+
+# --- input checks: the fake kernels and the eager twin run them, the native kernel has its own copy ---------------
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_float(op: str, argument: str, tensor: Tensor) -> None:
+    torch._check(
+        tensor.dtype in FLOAT_DTYPES,
+        lambda: (
+            f"{op}: {argument} must be float32, bfloat16, float16 or float64, got {_dtype_name(tensor.dtype)}"
+        ),
+    )
+
+
+def _check_mask(op: str, mask: Tensor | None, like: Tensor, length: int) -> None:
+    if mask is None:
+        return
+    batch = like.shape[0]
+    torch._check(
+        mask.dtype in MASK_DTYPES,
+        lambda: f"{op}: mask must be bool, integer or real floating-point, got {_dtype_name(mask.dtype)}",
+    )
+    message = f"{op}: mask must have shape [B, T] = "
+    torch._check(mask.dim() == 2, lambda: f"{message}{[batch, length]}, got {list(mask.shape)}")
+    torch._check(mask.shape[0] == batch, lambda: f"{message}{[batch, length]}, got {list(mask.shape)}")
+    torch._check(mask.shape[1] == length, lambda: f"{message}{[batch, length]}, got {list(mask.shape)}")
+    torch._check(
+        mask.device == like.device,
+        lambda: f"{op}: mask must be on the device of the other input, {like.device}, got {mask.device}",
+    )
+
+
+def _check_forward(hidden: Tensor, mask: Tensor | None) -> None:
+    torch._check(
+        hidden.dim() == 3,
+        lambda: f"{NAME}: hidden must have 3 dimensions [B, T, D], got shape {list(hidden.shape)}",
+    )
+    _check_float(NAME, "hidden", hidden)
+    _check_mask(NAME, mask, hidden, hidden.shape[1])
+
+
+def _check_backward(grad: Tensor, mask: Tensor | None, length: int) -> None:
+    op = f"{NAME}_backward"
+    torch._check(
+        grad.dim() == 2, lambda: f"{op}: grad must have 2 dimensions [B, D], got shape {list(grad.shape)}"
+    )
+    torch._check(length >= 0, lambda: f"{op}: length must be at least 0, got {length}")
+    _check_float(op, "grad", grad)
+    _check_mask(op, mask, grad, length)
+
+
+def _fake_forward(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    _check_forward(hidden, mask)
+    return hidden.new_empty((hidden.shape[0], hidden.shape[2]))
+
+
+def _fake_backward(grad: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    _check_backward(grad, mask, length)
+    return grad.new_empty((grad.shape[0], length, grad.shape[1]))
+
+
+# --- the eager twin: any device, plain PyTorch --------------------------------------------------------------------
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def eager_forward(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The op in plain PyTorch: accumulates in fp32 (fp64 for fp64); a masked value, NaN included, is never added."""
+    _check_forward(hidden, mask)
+    wide = _wide(hidden.dtype)
+    if mask is None:
+        count = max(hidden.shape[1], 1)
+        return (hidden.sum(1, dtype=wide) / count).to(hidden.dtype)
+    keep = mask != 0
+    total = hidden.masked_fill(~keep[..., None], 0).sum(1, dtype=wide)
+    return (total / keep.sum(1).clamp(min=1)[:, None]).to(hidden.dtype)
+
+
+def eager_backward(grad: Tensor, mask: Tensor | None, length: int) -> Tensor:
+    """Gradient with respect to ``hidden`` [B, T, D]: ``grad / count`` where kept, zero elsewhere."""
+    _check_backward(grad, mask, length)
+    wide = grad.to(_wide(grad.dtype))
+    if mask is None:
+        row = (wide / max(length, 1)).to(grad.dtype)
+        return row[:, None].expand(-1, length, -1).contiguous()
+    keep = mask != 0
+    row = (wide / keep.sum(1).clamp(min=1)[:, None]).to(grad.dtype)
+    # where, not a product: a gradient of infinity times zero would be NaN at the masked tokens.
+    return torch.where(keep[..., None], row[:, None], torch.zeros((), dtype=grad.dtype, device=grad.device))
+
+
+class _EagerBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(grad: Tensor, mask: Tensor | None, length: int) -> Tensor:
+        return eager_backward(grad, mask, length)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise_second_derivative(NAME)
+
+
+class _Eager(torch.autograd.Function):
+    """The twin with the same gradient contract as the op: nothing but the mask is kept for the backward pass."""
+
+    @staticmethod
+    def forward(hidden: Tensor, mask: Tensor | None) -> Tensor:
+        return eager_forward(hidden, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (mask,) = ctx.saved_tensors
+        return _EagerBackward.apply(grad, mask, ctx.length), None
+
+
+# --- registration -------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+    hidden, mask = inputs
+    ctx.save_for_backward(mask)
+    ctx.length = hidden.shape[1]
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+    (mask,) = ctx.saved_tensors
+    return torch.ops.levi_fast.masked_mean_pool_backward.default(grad, mask, ctx.length), None
+
+
+def _second_derivative(ctx: Any, *_: Tensor) -> None:
+    raise_second_derivative(NAME)
+
+
+def _fallback_forward(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    if hidden.device.type == "cpu":
+        native.warn_missing_once(NAME)
+    return eager_forward(hidden, mask)
+
+
+def _register() -> None:
+    forward, backward = f"levi_fast::{NAME}", f"levi_fast::{NAME}_backward"
+    torch.library.register_fake(forward, _fake_forward, lib=LIBRARY)
+    torch.library.register_fake(backward, _fake_backward, lib=LIBRARY)
+    LIBRARY.impl(NAME, _fallback_forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{NAME}_backward", eager_backward, "CompositeExplicitAutograd")
+    torch.library.register_autograd(forward, _gradient, setup_context=_save, lib=LIBRARY)
+    torch.library.register_autograd(backward, _second_derivative, lib=LIBRARY)
+    register(
+        NAME,
+        Implementation("cpp", torch.ops.levi_fast.masked_mean_pool.default, _cpp_unavailable),
+        Implementation("eager", _Eager.apply, lambda device: None),
+    )
+
+
+def _cpp_unavailable(device: str) -> str | None:
+    if device != "cpu":
+        return f"the cpp kernels serve cpu, not {device}"
+    return native.load().reason or None
+
+
+def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The op, by the backend asked for or else by the best one; see :func:`levi_fast.functional.masked_mean_pool`."""
+    backend = requested_backend()
+    if backend is None:
+        return torch.ops.levi_fast.masked_mean_pool.default(hidden, mask)
+    return forced(NAME, backend, hidden)(hidden, mask)
+
+
+_register()

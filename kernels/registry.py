@@ -1,0 +1,181 @@
+"""Which backend serves which op on which device, and why the others do not.
+
+Left alone, PyTorch's own dispatcher decides: a compiled kernel is registered for its device, the eager twin for every
+device. This module adds what the dispatcher cannot do: report, and force one backend by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "cpp", "triton", "cuda", "eager")
+ENVIRONMENT_VARIABLE = "LEVI_FAST_BACKEND"
+DEVICES = ("cpu", "cuda")  # ROCm calls itself cuda too; any other device is served by the eager twin
+
+# Tags on the ops that Python defines; the native library cannot set any under torch 2.11's stable ABI.
+LIBRARY = torch.library.Library("levi_fast", "FRAGMENT")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot serve; the message says why."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's way of computing one op.
+
+    Attributes:
+        backend: its name, one of :data:`BACKENDS` but "auto".
+        run: the op, differentiable, with the op's public arguments.
+        unavailable: why it cannot serve a device type, or None where it can.
+    """
+
+    backend: str
+    run: Callable[..., Any]
+    unavailable: Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """Who serves an op on a device type, and for every other backend why it does not."""
+
+    serves: str
+    others: dict[str, str]
+
+
+_ops: dict[str, dict[str, Implementation]] = {}
+
+
+def register(op: str, *implementations: Implementation) -> None:
+    """Make an op known, with its implementations from the most to the least preferred; "eager" comes last."""
+    assert implementations[-1].backend == "eager", op
+    _ops[op] = {implementation.backend: implementation for implementation in implementations}
+
+
+def _why_not(op: str, backend: str, device: str) -> str | None:
+    implementation = _ops[op].get(backend)
+    if implementation is None:
+        return f"{op} has no {backend} implementation in this version of levi_fast"
+    return implementation.unavailable(device)
+
+
+def backend_report() -> dict[str, dict[str, OpReport]]:
+    """Who serves each op on each device type, and why the others do not.
+
+    Returns:
+        ``report[op][device]`` with ``.serves`` (a backend's name, the one asked for where one is) and ``.others``
+        (every other backend, with the reason in words).
+
+    Raises:
+        BackendUnavailableError: if ``LEVI_FAST_BACKEND`` is not a backend's name.
+    """
+    wanted = requested_backend()
+    report: dict[str, dict[str, OpReport]] = {}
+    for op, implementations in _ops.items():
+        report[op] = {}
+        for device in DEVICES:
+            able = [name for name in implementations if _why_not(op, name, device) is None]
+            serves = able[0] if wanted is None else wanted if wanted in able else "none"
+            others = {}
+            for name in BACKENDS[1:]:
+                if name != serves:
+                    reason = _why_not(op, name, device)
+                    first = f"{serves} comes first" if wanted is None else f"{wanted} was asked for"
+                    others[name] = reason or first
+            report[op][device] = OpReport(serves, others)
+    return report
+
+
+# The backend asked for, or None for "auto". One plain variable for the process: torch.compile guards on it and compiles
+# anew when it changes, and autograd's own threads see the same value, which a ContextVar offers neither of.
+_requested: str | None = None
+_environment_read = False
+
+
+def requested_backend() -> str | None:
+    """The backend asked for by :func:`use_backend` or ``LEVI_FAST_BACKEND``; None where the choice is automatic."""
+    if not _environment_read:
+        _read_environment()
+    return _requested
+
+
+def _read_environment() -> None:
+    global _environment_read, _requested
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower() or "auto"
+    _check(name, ENVIRONMENT_VARIABLE)
+    _requested = None if name == "auto" else name
+    _environment_read = True
+
+
+def _check(name: str, source: str) -> None:
+    if name not in BACKENDS:
+        raise BackendUnavailableError(f"{source} must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if name == "auto":
+        return
+    reasons = []
+    for op in _ops:
+        for device in DEVICES:
+            reason = _why_not(op, name, device)
+            if reason is None:
+                return
+            if reason not in reasons:
+                reasons.append(reason)
+    raise BackendUnavailableError(f"{source} asks for {name!r}, which cannot serve: {'; '.join(reasons)}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Have every op served by one backend inside the ``with`` block, or raise.
+
+    The choice holds for the whole process (all threads), and for calls made inside the block; a backward pass later
+    uses the backend of its forward.
+
+    Args:
+        name: "auto" (the best there is), "eager" (plain PyTorch), "cpp", "triton" or "cuda".
+
+    Raises:
+        BackendUnavailableError: on entering, if the backend is unknown or can serve no op on any device; at an op's call,
+            if it cannot serve that op on that tensor's device. The message gives the reason.
+    """
+    global _requested
+    previous = requested_backend()
+    _check(name, "use_backend")
+    _requested = None if name == "auto" else name
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def forced(op: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
+    """The callable that serves ``op`` by ``backend`` on ``tensor``'s device.
+
+    Raises:
+        BackendUnavailableError: if it cannot.
+    """
+    reason = _why_not(op, backend, tensor.device.type)
+    if reason is not None:
+        raise BackendUnavailableError(f"{op} was asked of backend {backend!r}, which cannot serve it: {reason}")
+    return _ops[op][backend].run
+
+
+def define_ops(schemas: dict[str, str], *, native_loaded: bool) -> None:
+    """Define the schemas from Python, unless the native library has done so."""
+    if not native_loaded:
+        for schema in schemas.values():
+            LIBRARY.define(schema)
+
+
+def raise_second_derivative(op: str) -> None:
+    """What an op's backward op answers when it is itself differentiated."""
+    raise RuntimeError(
+        f"levi_fast::{op}: second derivatives are not implemented (the gradient was computed with create_graph=True "
+        "and then differentiated); compute this part with plain PyTorch operators if you need them"
+    )
