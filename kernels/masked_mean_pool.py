@@ -16,10 +16,12 @@ from levi_fast.kernels import native
 from levi_fast.kernels.registry import (
     LIBRARY,
     Implementation,
+    call,
     forced,
     raise_second_derivative,
     register,
     requested_backend,
+    require,
 )
 
 NAME = "masked_mean_pool"
@@ -35,7 +37,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _check_float(op: str, argument: str, tensor: Tensor) -> None:
-    torch._check(
+    require(
         tensor.dtype in FLOAT_DTYPES,
         lambda: (
             f"{op}: {argument} must be float32, bfloat16, float16 or float64, got {_dtype_name(tensor.dtype)}"
@@ -47,22 +49,22 @@ def _check_mask(op: str, mask: Tensor | None, like: Tensor, length: int) -> None
     if mask is None:
         return
     batch = like.shape[0]
-    torch._check(
+    require(
         mask.dtype in MASK_DTYPES,
         lambda: f"{op}: mask must be bool, integer or real floating-point, got {_dtype_name(mask.dtype)}",
     )
     message = f"{op}: mask must have shape [B, T] = "
-    torch._check(mask.dim() == 2, lambda: f"{message}{[batch, length]}, got {list(mask.shape)}")
-    torch._check(mask.shape[0] == batch, lambda: f"{message}{[batch, length]}, got {list(mask.shape)}")
-    torch._check(mask.shape[1] == length, lambda: f"{message}{[batch, length]}, got {list(mask.shape)}")
-    torch._check(
+    require(mask.dim() == 2, lambda: f"{message}{[batch, length]}, got {list(mask.shape)}")
+    require(mask.shape[0] == batch, lambda: f"{message}{[batch, length]}, got {list(mask.shape)}")
+    require(mask.shape[1] == length, lambda: f"{message}{[batch, length]}, got {list(mask.shape)}")
+    require(
         mask.device == like.device,
         lambda: f"{op}: mask must be on the device of the other input, {like.device}, got {mask.device}",
     )
 
 
 def _check_forward(hidden: Tensor, mask: Tensor | None) -> None:
-    torch._check(
+    require(
         hidden.dim() == 3,
         lambda: f"{NAME}: hidden must have 3 dimensions [B, T, D], got shape {list(hidden.shape)}",
     )
@@ -72,10 +74,10 @@ def _check_forward(hidden: Tensor, mask: Tensor | None) -> None:
 
 def _check_backward(grad: Tensor, mask: Tensor | None, length: int) -> None:
     op = f"{NAME}_backward"
-    torch._check(
+    require(
         grad.dim() == 2, lambda: f"{op}: grad must have 2 dimensions [B, D], got shape {list(grad.shape)}"
     )
-    torch._check(length >= 0, lambda: f"{op}: length must be at least 0, got {length}")
+    require(length >= 0, lambda: f"{op}: length must be at least 0, got {length}")
     _check_float(op, "grad", grad)
     _check_mask(op, mask, grad, length)
 
@@ -202,8 +204,9 @@ def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """The op, by the backend asked for or else by the best one; see :func:`levi_fast.functional.masked_mean_pool`."""
     backend = requested_backend()
     if backend is None:
-        return torch.ops.levi_fast.masked_mean_pool.default(hidden, mask)
+        return call(_OP, hidden, mask)
     return forced(NAME, backend, hidden)(hidden, mask)
 
 
 _register()
+_OP = torch.ops.levi_fast.masked_mean_pool.default

@@ -6,17 +6,32 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from levi_fast import kernels
 from levi_fast.kernels.layerwise_ensemble import ACTIVATIONS, layerwise_ensemble_eager
 from levi_fast.kernels.layerwise_loss import PROBLEM_TYPES, layerwise_loss_eager
 
 
 def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the kept tokens. (Replaced by the dispatched op.)"""
-    if mask is None:
-        return hidden.float().mean(1).to(hidden.dtype)
-    kept = (mask != 0)[..., None]
-    total = hidden.float().masked_fill(~kept, 0).sum(1)
-    return (total / kept.sum(1).clamp(min=1)).to(hidden.dtype)
+    """Mean of each example's kept tokens: ``out[b] = sum_t keep[b, t] hidden[b, t] / sum_t keep[b, t]``.
+
+    Sums are taken in fp32 (fp64 for fp64). A masked token's value is never added, so NaN or infinity in the padding
+    reaches no result. The same inputs give the same bits, whatever the number of threads. Works under
+    ``torch.compile(fullgraph=True)``, ``torch.export``, autocast (which leaves the dtype alone) and inference mode.
+
+    Args:
+        hidden: [B, T, D], float32, bfloat16, float16 or float64, any strides. B, T and D may be 0.
+        mask: [B, T], bool, integer or real floating-point, on the same device; nonzero keeps a token. None keeps all.
+
+    Returns:
+        [B, D] in the dtype of ``hidden``; zeros for an example that keeps nothing. Differentiable once with respect to
+        ``hidden``; where that asks for no gradient, nothing is saved.
+
+    Raises:
+        RuntimeError: for a wrong number of dimensions, shape, dtype or device, naming the argument; on differentiating
+            the gradient again.
+        levi_fast.kernels.BackendUnavailableError: if a backend was asked for by name and cannot serve.
+    """
+    return kernels.masked_mean_pool(hidden, mask)
 
 
 def layerwise_ensemble(
