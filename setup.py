@@ -77,9 +77,7 @@ def require_build_tools() -> tuple[str, str, Path, str]:
         )
     torch = torch_root()
     if torch is None:
-        missing.append(
-            "torch >= 2.11 at build time (pip install torch first, then pip install --no-build-isolation)"
-        )
+        missing.append("torch >= 2.11 at build time (pip install torch first, then pip install --no-build-isolation)")
     pybind11_dir = ""
     if importlib.util.find_spec("pybind11") is None:
         missing.append("pybind11 (pip install pybind11)")

@@ -1,4 +1,4 @@
-"""Op schemas, input checks, gradients and dispatch; installed as ``levi_fast.kernels``. Knows torch and nothing above it.
+"""Op schemas, input checks, gradients and dispatch; installed as ``levi_fast.kernels``. Knows torch, nothing above.
 
 Importing it loads the native library (see :mod:`levi_fast.kernels.native`) and registers every op.
 """

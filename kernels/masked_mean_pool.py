@@ -39,9 +39,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _check_float(op: str, argument: str, tensor: Tensor) -> None:
     require(
         tensor.dtype in FLOAT_DTYPES,
-        lambda: (
-            f"{op}: {argument} must be float32, bfloat16, float16 or float64, got {_dtype_name(tensor.dtype)}"
-        ),
+        lambda: f"{op}: {argument} must be float32, bfloat16, float16 or float64, got {_dtype_name(tensor.dtype)}",
     )
 
 
@@ -74,9 +72,7 @@ def _check_forward(hidden: Tensor, mask: Tensor | None) -> None:
 
 def _check_backward(grad: Tensor, mask: Tensor | None, length: int) -> None:
     op = f"{NAME}_backward"
-    require(
-        grad.dim() == 2, lambda: f"{op}: grad must have 2 dimensions [B, D], got shape {list(grad.shape)}"
-    )
+    require(grad.dim() == 2, lambda: f"{op}: grad must have 2 dimensions [B, D], got shape {list(grad.shape)}")
     require(length >= 0, lambda: f"{op}: length must be at least 0, got {length}")
     _check_float(op, "grad", grad)
     _check_mask(op, mask, grad, length)

@@ -94,10 +94,10 @@ def _try_folder(folder: Path) -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"{folder}/_build_info: {error}"
     if info is None:
-        return None, f"{folder}: no _build_info module for Python {sys.version_info[0]}.{sys.version_info[1]} beside it"
+        return None, f"{folder}: no _build_info module for this Python ({sys.implementation.cache_tag}) beside it"
     # Before loading: once loaded, a library's definitions cannot be taken back.
     if tuple(info.schemas) != tuple(SCHEMAS.values()):
-        return None, f"{library}: built from other sources than these Python files (op schemas differ); build it again"
+        return None, f"{library}: its op schemas differ from these Python files; build it again"
     if _release(torch.__version__) < _release(info.torch_minimum):
         return None, f"{library}: needs torch >= {info.torch_minimum}, found {torch.__version__}"
     try:

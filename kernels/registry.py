@@ -93,8 +93,8 @@ def backend_report() -> dict[str, dict[str, OpReport]]:
     return report
 
 
-# The backend asked for, or None for "auto". One plain variable for the process: torch.compile guards on it and compiles
-# anew when it changes, and autograd's own threads see the same value, which a ContextVar offers neither of.
+# The backend asked for, or None for "auto". One plain variable for the process: torch.compile guards on it and
+# compiles anew when it changes, and autograd's own threads see the same value; a ContextVar offers neither.
 _requested: str | None = None
 _environment_read = False
 
@@ -141,8 +141,8 @@ def use_backend(name: str) -> Iterator[None]:
         name: "auto" (the best there is), "eager" (plain PyTorch), "cpp", "triton" or "cuda".
 
     Raises:
-        BackendUnavailableError: on entering, if the backend is unknown or can serve no op on any device; at an op's call,
-            if it cannot serve that op on that tensor's device. The message gives the reason.
+        BackendUnavailableError: on entering, if the backend is unknown or can serve no op on any device; at an
+            op's call, if it cannot serve that op on that tensor's device. The message gives the reason.
     """
     global _requested
     previous = requested_backend()
@@ -173,8 +173,8 @@ _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 def call(op: Callable[..., Tensor], tensor: Tensor, *others: Any) -> Tensor:
     """Call an op whose one differentiable input is ``tensor``, past autograd where no gradient is wanted.
 
-    Gradients registered from Python put a Python function in front of the kernel at every call: about 12 µs, four times
-    the call itself and more than pooling one sentence takes. Frozen activations need none of it.
+    Gradients registered from Python put a Python function in front of the kernel at every call: about 12 µs, four
+    times the call itself and more than pooling one sentence takes. Frozen activations need none of it.
     """
     if (
         _below_autograd is None
@@ -197,7 +197,7 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
-    """Raise RuntimeError with ``message()`` unless ``condition``; also for symbolic shapes, also while Dynamo traces."""
+    """Raise RuntimeError with ``message()`` unless ``condition``; for symbolic shapes and under Dynamo too."""
     if torch.compiler.is_dynamo_compiling():
         if not condition:  # Dynamo takes no message closure in torch._check
             raise RuntimeError(message())

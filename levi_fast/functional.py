@@ -23,12 +23,12 @@ def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: [B, T], bool, integer or real floating-point, on the same device; nonzero keeps a token. None keeps all.
 
     Returns:
-        [B, D] in the dtype of ``hidden``; zeros for an example that keeps nothing. Differentiable once with respect to
-        ``hidden``; where that asks for no gradient, nothing is saved.
+        [B, D] in the dtype of ``hidden``; zeros for an example that keeps nothing. Differentiable once with respect
+        to ``hidden``; where that asks for no gradient, nothing is saved.
 
     Raises:
-        RuntimeError: for a wrong number of dimensions, shape, dtype or device, naming the argument; on differentiating
-            the gradient again.
+        RuntimeError: for a wrong number of dimensions, shape, dtype or device, naming the argument; on
+            differentiating the gradient again.
         levi_fast.kernels.BackendUnavailableError: if a backend was asked for by name and cannot serve.
     """
     return kernels.masked_mean_pool(hidden, mask)
