@@ -146,7 +146,7 @@ class _Eager(torch.autograd.Function):
         _save(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (mask,) = ctx.saved_tensors
         return _EagerBackward.apply(grad, mask, ctx.length), None
 

@@ -202,7 +202,7 @@ def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None
         if not condition:  # Dynamo takes no message closure in torch._check
             raise RuntimeError(message())
     else:
-        torch._check(condition, message)  # type: ignore[arg-type]
+        torch._check(condition, message)
 
 
 def define_ops(schemas: dict[str, str], *, native_loaded: bool) -> None:
