@@ -56,9 +56,7 @@ def layerwise_ensemble_eager(
     return *adapt(before), *without
 
 
-def _tap_products(
-    taps: Tensor | Sequence[Tensor], tap_weight: Tensor, bias: Tensor, normalize: bool
-) -> Tensor:
+def _tap_products(taps: Tensor | Sequence[Tensor], tap_weight: Tensor, bias: Tensor, normalize: bool) -> Tensor:
     """``norm(tap_l) W_l + b_l`` for all layers, [L, B, K]."""
     if isinstance(taps, Tensor) and taps.shape[2]:
         layers, _, width = taps.shape

@@ -161,7 +161,7 @@ def _tensor_digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous()
     header = f"{data.dtype}{list(data.shape)}".encode()
     digest = hashlib.sha256(header)
-    digest.update(memoryview(data.flatten().view(torch.uint8).numpy()))
+    digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

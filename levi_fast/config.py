@@ -44,8 +44,9 @@ class LeviConfig(PreTrainedConfig):
     """
 
     model_type = "levi"
-    # What Trainer must not gather during evaluation: layer_logits is [L, B, C], and its first axis no batch.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["layer_logits", "logits_without_view"]
+    # What Trainer leaves out of predictions, so that compute_metrics gets the logits alone (and layer_logits is
+    # [L, B, C]: its first axis is no batch to concatenate over).
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["layer_logits", "logits_without_view", "logits_with_view"]
 
     backbone: str | None = None
     backbone_fingerprint: str | None = None
@@ -84,7 +85,9 @@ class LeviConfig(PreTrainedConfig):
         if self.hidden_width is not None and self.hidden_width < 1:
             raise ValueError(f"hidden_width: expected >= 1, or None for linear, got {self.hidden_width}")
         if self.dropout and self.hidden_width is None:
-            raise ValueError(f"dropout: acts on hidden activations, and hidden_width=None has none; got {self.dropout}")
+            raise ValueError(
+                f"dropout: acts on hidden activations, and hidden_width=None has none; got {self.dropout}"
+            )
         if self.mix == "learned" and self.objective == "per_layer":
             raise ValueError(
                 "mix: 'learned' mixing weights get no gradient from objective='per_layer'; "

@@ -26,12 +26,23 @@ def find_layers(backbone: nn.Module, path: str | None = None) -> list[nn.Module]
         return _layers_at(backbone, path)
     for candidates in (_recorded_layers(backbone), _configured_layers(backbone)):
         if candidates:
+            _refuse_shared(backbone, len(candidates))
             return candidates
     names = [f"{name} ({len(m)})" for name, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     raise ValueError(
         f"backbone: no single stack of layers found in {type(backbone).__name__}; "
         f"pass layers= with one of its module lists: {', '.join(names) or 'it has none'}"
     )
+
+
+def _refuse_shared(backbone: nn.Module, found: int) -> None:
+    """A model that runs the same layer several times (ALBERT) has no layer of its own to tap at each depth."""
+    depth = getattr(getattr(backbone, "config", None), "num_hidden_layers", None)
+    if isinstance(depth, int) and depth > found:
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} runs {depth} layers, and only {found} of its own stand in a module "
+            "list; layers that share weights cannot be tapped one by one"
+        )
 
 
 def stack_path(backbone: nn.Module, layers: Sequence[nn.Module]) -> str:
@@ -56,9 +67,7 @@ def _recorded_layers(backbone: nn.Module) -> list[nn.Module]:
     """Instances of the class that transformers records as ``hidden_states``, if they stand in one stack."""
     recorded: Any = (getattr(backbone, "_can_record_outputs", None) or {}).get("hidden_states")
     specifications = recorded if isinstance(recorded, list | tuple) else [recorded]
-    classes = tuple(
-        cls for spec in specifications if isinstance(cls := getattr(spec, "target_class", spec), type)
-    )
+    classes = tuple(cls for spec in specifications if isinstance(cls := getattr(spec, "target_class", spec), type))
     if not classes:
         return []
     stacks = [

@@ -21,7 +21,7 @@ from levi_fast.backbones import backbone_name, fingerprint, load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.errors import BackboneMismatchError, DataError
 from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
-from levi_fast.reference import blend
+from levi_fast.reference import ProblemType, blend
 from levi_fast.storage import staged_directory
 from levi_fast.taps import TapExtractor
 from levi_fast.widths import measure_widths
@@ -80,7 +80,7 @@ class LeviModel(PreTrainedModel):
         self.ensemble = LayerwiseEnsemble(
             config.tap_widths,
             config.view_width,
-            config.num_labels,
+            cast(int, config.num_labels),
             hidden_width=config.hidden_width,
             activation=cast(Any, config.activation),
             normalize=config.normalize,
@@ -199,16 +199,17 @@ class LeviModel(PreTrainedModel):
         """LEVI's objective on the ensemble's raw outputs; sets ``config.problem_type`` by transformers' rule."""
         config = self.config
         if config.problem_type is None:
-            config.problem_type = _infer_problem_type(config.num_labels, labels)
-        _check_labels(labels, output.logits, config.problem_type)
-        if config.problem_type == "regression":
+            config.problem_type = _infer_problem_type(cast(int, config.num_labels), labels)
+        problem_type = config.problem_type
+        _check_labels(labels, output.logits, problem_type)
+        if problem_type == "regression":
             labels = (labels.float() - config.target_mean) / config.target_std
         if config.objective == "per_layer":
-            return functional.layerwise_loss(output.layer_logits, labels, config.problem_type)
-        ensemble = functional.layerwise_loss(output.logits[None], labels, config.problem_type)
+            return functional.layerwise_loss(output.layer_logits, labels, problem_type)
+        ensemble = functional.layerwise_loss(output.logits[None], labels, problem_type)
         if config.objective == "ensemble":
             return ensemble
-        return (functional.layerwise_loss(output.layer_logits, labels, config.problem_type) + ensemble) / 2
+        return (functional.layerwise_loss(output.layer_logits, labels, problem_type) + ensemble) / 2
 
     def num_parameters_by_part(self) -> tuple[int, int]:
         """(trained, all) parameters, the backbone's included in the second."""
@@ -242,7 +243,7 @@ class LeviModel(PreTrainedModel):
         finally:
             self.config = in_memory
         if push:
-            self.push_to_hub(folder.name)
+            cast(Any, self).push_to_hub(folder.name)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -290,9 +291,7 @@ class LeviModel(PreTrainedModel):
         model.load_state_dict(load_file(weights_path))
         return model.eval()
 
-    def _taps(
-        self, given: dict[str, Any], taps: Tensor | None, view: Tensor | None
-    ) -> Tensor | Sequence[Tensor]:
+    def _taps(self, given: dict[str, Any], taps: Tensor | None, view: Tensor | None) -> Tensor | Sequence[Tensor]:
         widths = self.ensemble.tap_widths
         if not any(widths):  # taps="none"
             if view is None:
@@ -413,7 +412,7 @@ def _keyword_names(module: nn.Module | None) -> tuple[frozenset[str], bool]:
     return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _infer_problem_type(num_labels: int, labels: Tensor) -> str:
+def _infer_problem_type(num_labels: int, labels: Tensor) -> ProblemType:
     """transformers' rule: one output is regression; integer labels are classes; float labels are multi-label."""
     if num_labels == 1:
         return "regression"

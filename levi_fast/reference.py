@@ -202,9 +202,7 @@ class LayerwiseEnsemble(nn.Module):
         if not zeroed_view:
             return EnsembleOutput(logits, stacked)
         stacked_without = torch.stack(without_view)
-        return EnsembleOutput(
-            logits, stacked, torch.einsum("l,lbc->bc", m, stacked_without), stacked_without
-        )
+        return EnsembleOutput(logits, stacked, torch.einsum("l,lbc->bc", m, stacked_without), stacked_without)
 
     def _adapt(self, before_activation: Tensor, layer: int) -> Tensor:
         """What follows the first product of A_l: nothing for a linear one, else act, dropout, Linear."""
@@ -248,9 +246,7 @@ def task_loss(logits: Tensor, target: Tensor, problem_type: ProblemType) -> Tens
     raise ValueError(f"problem_type: expected one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}")
 
 
-def objective_loss(
-    output: EnsembleOutput, target: Tensor, problem_type: ProblemType, objective: Objective
-) -> Tensor:
+def objective_loss(output: EnsembleOutput, target: Tensor, problem_type: ProblemType, objective: Objective) -> Tensor:
     """LEVI's objective: "per_layer", "ensemble", or "both" (their mean); a scalar."""
     if objective == "per_layer":
         return layerwise_loss(output.layer_logits, target, problem_type)

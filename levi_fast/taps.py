@@ -170,10 +170,8 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     if mask is None:
         return hidden[:, 0 if pooling == "cls" else -1].clone()  # a clone lets the hidden states go
     kept = (mask != 0).to(torch.int64)
-    if pooling == "cls":
-        index = kept.argmax(1)  # the first kept token, wherever the padding is
-    else:
-        index = kept.shape[1] - 1 - kept.flip(1).argmax(1)
+    first, last = kept.argmax(1), kept.shape[1] - 1 - kept.flip(1).argmax(1)  # kept ones, wherever the padding is
+    index = first if pooling == "cls" else last
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
 
 
