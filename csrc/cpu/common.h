@@ -1,6 +1,7 @@
 // Plain types shared by all CPU kernels. No C++ standard header: see vec.h for why.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 namespace levi_fast {
