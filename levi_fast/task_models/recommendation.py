@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .base import TaskModel, require_finite, require_fraction, require_int, require_shape
 
+EPSILON = 1e-8
+
 
 class RecommendationTaskModel(TaskModel):
     """Rating statistics, per-feature preferences, and attention from the target to the history.
@@ -91,9 +93,7 @@ class RecommendationTaskModel(TaskModel):
         Raises:
             ValueError: a shape does not fit.
         """
-        batch, length, _ = require_shape(
-            "history_features", history_features, None, None, self.num_features
-        ).shape
+        batch, length, _ = require_shape("history_features", history_features, None, None, self.num_features).shape
         require_shape("history_ratings", history_ratings, batch, length)
         mask = require_shape("history_mask", history_mask, batch, length) != 0
         dtype = self.head.weight.dtype
@@ -104,13 +104,9 @@ class RecommendationTaskModel(TaskModel):
         count = mask.sum(dim=1, keepdim=True).to(dtype)
         user_mean = deviation.sum(dim=1, keepdim=True) / (count + self.shrinkage)
         residual = torch.where(mask, deviation - user_mean, 0.0)
-        spread = (
-            (residual.square().sum(dim=1, keepdim=True) + self.shrinkage) / (count + self.shrinkage)
-        ).sqrt()
+        spread = ((residual.square().sum(dim=1, keepdim=True) + self.shrinkage) / (count + self.shrinkage)).sqrt()
         # One ridge regression per feature: how much the feature moves this user's ratings.
-        preference = torch.einsum("bn,bng->bg", residual, items) / (
-            items.square().sum(dim=1) + self.shrinkage
-        )
+        preference = torch.einsum("bn,bng->bg", residual, items) / (items.square().sum(dim=1) + self.shrinkage)
         affinity = preference * target
 
         attended, found = self._attend(items, residual, mask, target)
@@ -124,9 +120,12 @@ class RecommendationTaskModel(TaskModel):
 
     def _attend(self, items: Tensor, residual: Tensor, mask: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Mean residual of the items most like the target, and how many there were; ``[B, heads]`` each."""
-        keys = F.normalize(items.unsqueeze(1) * self.feature_scale[:, None, :], dim=-1)  # [B, heads, N, G]
-        query = F.normalize(target.unsqueeze(1) * self.feature_scale, dim=-1)  # [B, heads, G]
-        similarity = torch.einsum("bhng,bhg->bhn", keys, query)
+        # Cosine of the scaled features, from three matrix products: [B, N, heads, G] is never built.
+        weight = self.feature_scale.square()
+        length = (items.square() @ weight.T).transpose(1, 2).clamp(min=EPSILON).sqrt()  # [B, heads, N]
+        query = target.unsqueeze(1) * weight  # [B, heads, G]
+        query = query / (target.square() @ weight.T).clamp(min=EPSILON).sqrt().unsqueeze(-1)
+        similarity = query @ items.transpose(1, 2) / length
         scores = (similarity - 1.0) * self.log_sharpness.exp()[:, None]
         # Softmax with an extra empty slot that weighs as much as `shrinkage` perfect matches, residual zero.
         # Scores are at most 0 (and exp below 1), so no maximum needs to be subtracted.
