@@ -1,0 +1,1 @@
+"""Data: the user's tables, their preprocessing, and the named tasks."""

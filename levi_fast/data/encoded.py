@@ -1,0 +1,162 @@
+"""Rows ready for a model: token ids, further inputs and labels, gathered a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from levi_fast.errors import DataError
+
+
+class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Encoded rows, kept as a few flat tensors.
+
+    A ``DataLoader`` hands the indices of a whole batch to ``__getitems__``, which answers with the finished batch:
+    one gather per tensor. Use :func:`collate` as its ``collate_fn``.
+
+    Args:
+        name: of the file or split, for messages.
+        token_ids: token ids of every text, unpadded; None for rows without text.
+        pad_token_id: fills up shorter texts of a batch, on the right.
+        features: further model inputs, each ``[N, ...]``.
+        labels: int64 ``[N]``, float32 ``[N, C]`` or float32 ``[N]``; None when unknown.
+        num_truncated: how many texts were cut to the maximal length.
+
+    Raises:
+        DataError: naming the first row whose text has no token at all: it would be all padding.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        token_ids: Sequence[Sequence[int]] | None = None,
+        pad_token_id: int = 0,
+        features: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+        num_truncated: int = 0,
+    ) -> None:
+        self.name = name
+        self.pad_token_id = pad_token_id
+        self.features = dict(features or {})
+        self.labels = labels
+        self.num_truncated = num_truncated
+        self.token_ids: Tensor | None = None  # [tokens of all rows]
+        self.starts = self.lengths = torch.empty(0, dtype=torch.int64)
+        if token_ids is not None:
+            self.lengths = torch.tensor([len(row) for row in token_ids], dtype=torch.int64)
+            empty = (self.lengths == 0).nonzero()
+            if len(empty):
+                raise DataError(f"row {int(empty[0]) + 1} of {name}: its text has no token: it would be all padding")
+            self.starts = self.lengths.cumsum(0) - self.lengths
+            parts = [np.asarray(row, dtype=np.int32) for row in token_ids]
+            self.token_ids = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int32), *parts]))
+        self._taps: Tensor | None = None
+        self._tap_rows: Tensor | None = None
+        sizes = {key: len(value) for key, value in self.features.items()}
+        if token_ids is not None:
+            sizes["token_ids"] = len(token_ids)
+        if labels is not None:
+            sizes["labels"] = len(labels)
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"{name}: expected as many rows everywhere, got {sizes}")
+        self._size = next(iter(sizes.values()))
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def has_taps(self) -> bool:
+        return self._taps is not None
+
+    def set_taps(self, taps: Tensor | None, rows: Tensor | None = None, *, keep_tokens: bool = True) -> None:
+        """Attach precomputed taps, so that batches carry ``taps`` and the backbone is not needed.
+
+        Args:
+            taps: ``[U, sum of tap widths]``; None takes them off again.
+            rows: ``[N]`` int64, which of the U each row uses; None when U = N.
+            keep_tokens: False leaves token ids out of the batches, for a model whose task model reads none.
+        """
+        if taps is not None and len(taps if rows is None else rows) != len(self):
+            raise ValueError(f"taps: expected {len(self)} rows, got {len(taps if rows is None else rows)}")
+        self._taps, self._tap_rows = taps, rows
+        self._keep_tokens = keep_tokens
+
+    def taps(self) -> Tensor:
+        """The attached taps, ``[N, sum of tap widths]``."""
+        if self._taps is None:
+            raise ValueError(f"{self.name}: no taps are attached")
+        return self._taps if self._tap_rows is None else self._taps[self._tap_rows]
+
+    def unique_texts(self) -> tuple[list[int], Tensor]:
+        """Rows that show a text for the first time, and for every row which of those it equals, ``[N]`` int64."""
+        seen: dict[bytes, int] = {}
+        first: list[int] = []
+        which = torch.empty(len(self), dtype=torch.int64)
+        for row in range(len(self)):
+            key = self._text(row).numpy().tobytes()
+            place = seen.setdefault(key, len(first))
+            if place == len(first):
+                first.append(row)
+            which[row] = place
+        return first, which
+
+    def _text(self, row: int) -> Tensor:
+        assert self.token_ids is not None
+        start = int(self.starts[row])
+        return self.token_ids[start : start + int(self.lengths[row])]
+
+    def tokens(self, rows: Tensor) -> dict[str, Tensor]:
+        """Token ids ``[B, T]`` and attention mask ``[B, T]`` (int64), padded to the longest of the given rows."""
+        if self.token_ids is None:
+            return {}
+        lengths = self.lengths[rows]
+        positions = torch.arange(int(lengths.max()) if len(rows) else 0)
+        mask = positions < lengths[:, None]
+        where = (self.starts[rows, None] + positions).clamp_(max=max(len(self.token_ids) - 1, 0))
+        ids = self.token_ids[where].to(torch.int64).masked_fill_(~mask, self.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask.to(torch.int64)}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        batch = {}
+        if self._taps is None or self._keep_tokens:
+            batch.update(self.tokens(rows))
+        if self._taps is not None:
+            batch["taps"] = self._taps[rows if self._tap_rows is None else self._tap_rows[rows]]
+        batch.update({key: value[rows] for key, value in self.features.items()})
+        if self.labels is not None:
+            batch["labels"] = self.labels[rows]
+        return batch
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return {key: value[0] for key, value in self.__getitems__([index % len(self)]).items()}
+
+    def subset(self, rows: Sequence[int], name: str) -> EncodedDataset:
+        """The given rows as a data set of their own, without taps."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        return EncodedDataset(
+            name,
+            token_ids=None if self.token_ids is None else [self._text(int(row)).tolist() for row in index],
+            pad_token_id=self.pad_token_id,
+            features={key: value[index] for key, value in self.features.items()},
+            labels=None if self.labels is None else self.labels[index],
+        )
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Batches in row order."""
+        for start in range(0, len(self), batch_size):
+            yield self.__getitems__(range(start, min(start + batch_size, len(self))))
+
+
+def collate(batch: Any) -> dict[str, Tensor]:
+    """Pass on what :class:`EncodedDataset` made of a whole batch."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"expected a finished batch from EncodedDataset, got {type(batch).__name__}")
+    return dict(batch)

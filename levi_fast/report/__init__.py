@@ -1,0 +1,1 @@
+"""Figures for people (tables in the terminal) and for programs (``metrics.json``)."""

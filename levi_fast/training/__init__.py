@@ -1,0 +1,1 @@
+"""Training the adapting layers and the task model, selecting on ID validation data, and scoring."""

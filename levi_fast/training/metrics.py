@@ -1,0 +1,112 @@
+"""Scores of predictions, by kind of problem."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from levi_fast.data.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+
+# Weights a of the prediction with the view zeroed, (1 - a) y(tap, view) + a y(tap, 0), among which training chooses.
+BLENDS = (0.0, 0.25, 0.5)
+
+# The score that the epoch and the blend are chosen by, and whether more is better; log loss or the squared error on
+# the same rows breaks ties.
+SELECTION_METRIC = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "macro_f1", REGRESSION: "rmse"}
+LOWER_IS_BETTER = {"rmse", "mae", "log_loss"}
+
+
+def compute_metrics(logits: np.ndarray, labels: np.ndarray, problem_type: str) -> dict[str, float]:
+    """Score logits.
+
+    Args:
+        logits: ``[N, C]`` (single- and multi-label), ``[N, 1]`` or ``[N]`` in label units (regression).
+        labels: int ``[N]``, 0/1 ``[N, C]``, or float ``[N]``.
+        problem_type: transformers' name of the kind of problem.
+
+    Returns:
+        single label: accuracy, macro_f1 (over the classes that occur in labels or predictions), log_loss;
+        multi-label (a label is predicted where its logit is above 0): macro_f1, micro_f1, subset_accuracy, log_loss
+        (mean binary cross-entropy); regression: rmse, mae, and spearman where both sides vary.
+
+    Raises:
+        ValueError: no rows, shapes that do not fit, or logits that are not finite.
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    labels = np.asarray(labels)
+    if len(labels) == 0 or len(logits) != len(labels):
+        raise ValueError(f"expected as many logits as labels and at least one, got {logits.shape} and {labels.shape}")
+    if not np.isfinite(logits).all():
+        raise ValueError("logits: expected finite numbers, got NaN or infinity; the training diverged")
+    if problem_type == REGRESSION:
+        return _regression(logits.reshape(len(labels)), labels.astype(np.float64))
+    if problem_type == MULTI_LABEL:
+        return _multi_label(logits, labels)
+    return _single_label(logits, labels)
+
+
+def selection_key(metrics: dict[str, float], problem_type: str) -> tuple[float, float]:
+    """What training maximises: the selection metric, then minus the loss."""
+    if problem_type == REGRESSION:
+        return (-metrics["rmse"], -metrics["mae"])
+    return (metrics[SELECTION_METRIC[problem_type]], -metrics["log_loss"])
+
+
+def blend_logits(logits: np.ndarray, logits_without_view: np.ndarray | None, blend: float) -> np.ndarray:
+    """``(1 - blend) * logits + blend * logits_without_view``; the logits themselves where there is no view."""
+    if logits_without_view is None or blend == 0.0:
+        return logits
+    return (1.0 - blend) * logits + blend * logits_without_view
+
+
+def best_blend(
+    logits: np.ndarray, logits_without_view: np.ndarray | None, labels: np.ndarray, problem_type: str
+) -> tuple[float, dict[str, float]]:
+    """The blend with the best selection metric (the smallest one among equals) and its scores."""
+    candidates = BLENDS if logits_without_view is not None else (0.0,)
+    scored = [
+        (blend, compute_metrics(blend_logits(logits, logits_without_view, blend), labels, problem_type))
+        for blend in candidates
+    ]
+    return max(scored, key=lambda pair: selection_key(pair[1], problem_type))
+
+
+def _single_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import f1_score
+
+    predicted = logits.argmax(axis=1)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
+        "log_loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+    }
+
+
+def _multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import f1_score
+
+    predicted = (logits > 0).astype(int)
+    truth = labels.astype(int)
+    # softplus(z) - z * t, written so that large z do not overflow
+    loss = np.maximum(logits, 0) - logits * truth + np.log1p(np.exp(-np.abs(logits)))
+    return {
+        "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0.0)),
+        "micro_f1": float(f1_score(truth, predicted, average="micro", zero_division=0.0)),
+        "subset_accuracy": float((predicted == truth).all(axis=1).mean()),
+        "log_loss": float(loss.mean()),
+    }
+
+
+def _regression(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from scipy.stats import spearmanr
+
+    error = predicted - labels
+    scores = {"rmse": float(np.sqrt((error**2).mean())), "mae": float(np.abs(error).mean())}
+    if len(labels) > 1 and np.ptp(labels) > 0 and np.ptp(predicted) > 0:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scores["spearman"] = float(spearmanr(labels, predicted).statistic)
+    return scores

@@ -1,0 +1,208 @@
+"""One method trained and scored on the splits of a task; LEVI and its baselines differ in their config alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+
+from levi_fast.config import LeviConfig
+from levi_fast.data.encoded import EncodedDataset
+from levi_fast.errors import DataError
+from levi_fast.modeling import LeviModel, get_levi_model
+from levi_fast.training.features import precompute_unique_taps, slice_taps
+from levi_fast.training.fit import EpochProgress, FitResult, TrainingOptions, fit, resolve_device
+from levi_fast.training.metrics import compute_metrics
+from levi_fast.training.prediction import predict
+
+METHODS = ("levi", "linear-probe", "taps-only", "task-model")
+
+# Called with (name of the split, texts done, texts in all).
+TapProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Splits:
+    """The encoded data of a task. Without ``test``, ID figures are those of ``validation``."""
+
+    train: EncodedDataset
+    validation: EncodedDataset
+    test: EncodedDataset | None = None
+    ood: dict[str, EncodedDataset] = field(default_factory=dict)
+
+    @property
+    def id_split(self) -> str:
+        """Which split the ID figures come from: ``"test"`` or ``"validation"``."""
+        return "validation" if self.test is None else "test"
+
+    def named(self) -> Iterator[tuple[str, EncodedDataset]]:
+        yield "train", self.train
+        yield "validation", self.validation
+        if self.test is not None:
+            yield "test", self.test
+        yield from ((f"ood {name}", dataset) for name, dataset in self.ood.items())
+
+    def sizes(self) -> dict[str, object]:
+        """Rows per split, as ``metrics.json`` has them."""
+        return {
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "test": None if self.test is None else len(self.test),
+            "ood": {name: len(dataset) for name, dataset in self.ood.items()},
+        }
+
+
+@dataclass
+class MethodResult:
+    """A trained model and its scores: ``id`` and ``ood[name]`` map metric names to values."""
+
+    method: str
+    model: LeviModel
+    fit: FitResult
+    id: dict[str, float]
+    ood: dict[str, dict[str, float]]
+
+
+def method_config(method: str, config: LeviConfig) -> LeviConfig:
+    """The config of a method, from that of LEVI: the same data, budget and selection, another model.
+
+    ``linear-probe``: one linear layer on the last tap. ``taps-only``: adapting layers on all taps without a view.
+    ``task-model``: the task model with a head, without a backbone.
+
+    Raises:
+        DataError: unknown method, or one that needs a task model where there is none.
+    """
+    if method not in METHODS:
+        raise DataError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
+    config = copy.deepcopy(config)
+    if method in ("levi", "task-model") and config.task_model is None:
+        raise DataError(
+            f"--method {method} needs a task model; with --task-model none there is only taps-only or linear-probe"
+        )
+    if method == "linear-probe":
+        config.taps, config.hidden_width, config.dropout, config.task_model = "last", None, 0.0, None
+        config.mix, config.objective = "mean", "ensemble"
+    elif method == "taps-only":
+        config.task_model = None
+    elif method == "task-model":
+        config.taps = "none"
+        config.mix, config.objective = "mean", "ensemble"
+    return config
+
+
+class TapBank:
+    """The taps of every split, from one pass of the backbone, for any number of methods.
+
+    Args:
+        layers, widths: what was tapped.
+        taps: per split name, taps ``[U, sum of widths]`` and ``[N]``, which of the U each row uses.
+    """
+
+    def __init__(self, layers: list[int], widths: list[int], taps: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.layers, self.widths, self.taps = layers, widths, taps
+
+    @classmethod
+    def build(
+        cls,
+        backbone: nn.Module,
+        config: LeviConfig,
+        splits: Splits,
+        *,
+        batch_size: int = 32,
+        device: torch.device | None = None,
+        progress: TapProgress | None = None,
+    ) -> TapBank:
+        """Run every split's texts through the backbone once, reading ``config.taps``."""
+        reader = get_levi_model(backbone, method_config("taps-only", config))
+        move(reader, device or torch.device("cpu"))
+        taps = {}
+        for name, dataset in splits.named():
+            report = None if progress is None else _bound(progress, name)
+            taps[name] = precompute_unique_taps(reader, dataset, batch_size=batch_size, progress=report)
+        assert reader.config.tap_layers is not None and reader.config.tap_widths is not None
+        return cls(reader.config.tap_layers, reader.config.tap_widths, taps)
+
+    def attach(self, model: LeviModel, splits: Splits) -> None:
+        """Give every split the taps that a model reads.
+
+        Raises:
+            ValueError: the model taps a layer that is not in the bank.
+        """
+        keep_tokens = "input_ids" in task_inputs(model)
+        for name, dataset in splits.named():
+            taps, rows = self.taps[name]
+            assert model.config.tap_layers is not None
+            wanted = slice_taps(taps, self.layers, self.widths, model.config.tap_layers)
+            dataset.set_taps(wanted, rows, keep_tokens=keep_tokens)
+
+
+def task_inputs(model: LeviModel) -> frozenset[str]:
+    """Names of the inputs that a model's task model reads."""
+    spec = model.config.task_model or {}
+    if spec.get("type") == "text" or (spec.get("type") == "table" and spec.get("text")):
+        return frozenset({"input_ids", "attention_mask"})
+    return frozenset({"input_ids"}) if spec.get("type") == "custom" else frozenset()
+
+
+def run_method(
+    method: str,
+    config: LeviConfig,
+    splits: Splits,
+    options: TrainingOptions,
+    *,
+    backbone: nn.Module | None,
+    bank: TapBank | None,
+    backbone_batch_size: int = 32,
+    on_epoch: EpochProgress | None = None,
+) -> MethodResult:
+    """Train one method and score it.
+
+    Args:
+        method: one of :data:`METHODS`.
+        config: that of LEVI for this task; see :func:`method_config`.
+        splits: encoded data with labels.
+        options: the budget, the same for all methods.
+        backbone: frozen; None for ``task-model``.
+        bank: precomputed taps; None runs the backbone in every epoch.
+        backbone_batch_size: texts per forward pass of the backbone where it runs for predictions.
+        on_epoch: progress.
+
+    Raises:
+        DataError: see :func:`method_config`.
+        ValueError: the taps cannot be found, or training diverged.
+    """
+    set_seed(options.seed)  # before the model is built: its initial weights come from the seed
+    model = get_levi_model(None if method == "task-model" else backbone, method_config(method, config))
+    if bank is not None and method != "task-model":
+        bank.attach(model, splits)
+    try:
+        move(model, resolve_device(options.device))
+        result = fit(model, splits.train, splits.validation, options, on_epoch=on_epoch)
+        scored_id = splits.validation if splits.test is None else splits.test
+        id_metrics = score(model, scored_id, backbone_batch_size)
+        ood = {name: score(model, dataset, backbone_batch_size) for name, dataset in splits.ood.items()}
+    finally:
+        for _, dataset in splits.named():
+            dataset.set_taps(None)
+    return MethodResult(method, model, result, id_metrics, ood)
+
+
+def score(model: LeviModel, dataset: EncodedDataset, backbone_batch_size: int = 32) -> dict[str, float]:
+    """Metrics of a model on a data set with labels."""
+    if dataset.labels is None:
+        raise ValueError(f"{dataset.name}: expected labels")
+    predictions = predict(model, dataset, backbone_batch_size=backbone_batch_size)
+    return compute_metrics(predictions.logits, dataset.labels.numpy(), str(model.config.problem_type))
+
+
+def move(model: LeviModel, device: torch.device) -> None:
+    """Move a model, backbone included; transformers' own ``to`` hides nn.Module's types."""
+    torch.nn.Module.to(model, device)
+
+
+def _bound(progress: TapProgress, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(name, done, total)
