@@ -155,7 +155,7 @@ def infer_problem_type(table: Table, column: str) -> str:
         return REGRESSION
     if kind == "string":
         odd = [row for row, cell in enumerate(cells) if parse_number(cell) is None]
-        if len(odd) <= len(cells) // 2:
+        if odd and len(odd) <= len(cells) // 2:
             raise DataError(
                 f"{table.where(odd[0])}: column {column!r} holds numbers, but here {short(cells[odd[0]])}; correct "
                 f"it, or say what the labels are with --problem-type"

@@ -153,7 +153,7 @@ def read_table(path: str | Path, columns: Columns, *, label_required: bool = Tru
     elif suffix in JSON_LINES:
         dataset = _load(file, name, "json", parse_agent_traces=False)
     else:
-        dataset = _load(file, name, "parquet")
+        dataset = _read_parquet(file, name)
     present = list(dataset.column_names)
     wanted = _require_columns(present, name, columns, label_required=label_required)
     if dataset.num_rows == 0:
@@ -279,6 +279,19 @@ def _csv_field_limit() -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(before)
+
+
+def _read_parquet(file: Path, name: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        num_rows = pyarrow.parquet.read_metadata(file).num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: cannot be read as PARQUET: {error}") from error
+    if num_rows == 0:  # datasets would stumble over it
+        raise DataError(f"{name}: the file has no rows")
+    return _load(file, name, "parquet")
 
 
 def _load(file: Path, name: str, builder: str, **options: Any) -> Any:

@@ -63,9 +63,9 @@ def _demo(
     console: Console, folder: Path, output: str | None, seed: int, epochs: int, started: float
 ) -> dict[str, Any]:
     console.note(
-        f"{NAME}: generated here with seed {seed}, not real data. In training, one delivery agency goes with praise and "
-        f"another with complaints; in 'flipped_marker' it is the other way round; the other OOD sets are about other "
-        f"goods."
+        f"{NAME}: generated here with seed {seed}, not real data. In training, one delivery agency goes with praise, "
+        f"another with complaints; in 'flipped_marker' it is the other way round; the other OOD sets are about "
+        f"other goods."
     )
     paths = {name: str(path) for name, path in write_csv(folder, seed).items()}
     files = TableFiles(paths["train"], paths["validation"], paths["test"], {name: paths[name] for name in OOD_NAMES})
