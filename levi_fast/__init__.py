@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from levi_fast.kernels import backend_report, use_backend
     from levi_fast.modeling import LeviModel, LeviOutput, get_levi_model
     from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
+    from levi_fast.swapping import swap
     from levi_fast.taps import TapExtractor
     from levi_fast.task_models import build_task_model
 
@@ -34,6 +35,7 @@ _HOME = {
     "get_levi_model": "modeling",
     "EnsembleOutput": "modules",
     "LayerwiseEnsemble": "modules",
+    "swap": "swapping",
     "TapExtractor": "taps",
     "build_task_model": "task_models",
 }
@@ -47,6 +49,7 @@ __all__ = [  # noqa: RUF022 (grouped as a reader meets them)
     "TapExtractor",
     "LayerwiseEnsemble",
     "EnsembleOutput",
+    "swap",
     "build_task_model",
     "load_backbone",
     "load_tokenizer",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from levi_fast import kernels
-from levi_fast.kernels.layerwise_ensemble import ACTIVATIONS, layerwise_ensemble_eager
-from levi_fast.kernels.layerwise_loss import PROBLEM_TYPES, layerwise_loss_eager
+from levi_fast.kernels.layerwise_ensemble_eager import ACTIVATION_NAMES
+from levi_fast.kernels.layerwise_loss import PROBLEM_TYPES
 
 
 def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -74,25 +75,39 @@ def layerwise_ensemble(
         ValueError: if a shape does not fit the others, or an option is unknown; the message names the argument.
     """
     _require_ensemble_shapes(taps, view, tap_weight, view_weight, bias, output_weight, output_bias, mix_weights)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation not in ACTIVATION_NAMES:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATION_NAMES)}, got {activation!r}")
     if view_keep is not None and (view is None or view_keep.shape != view.shape[:1]):
         shown = None if view is None else [view.shape[0]]
         raise ValueError(f"view_keep: expected {shown}, one a view, got {list(view_keep.shape)}")
-    return layerwise_ensemble_eager(
-        taps,
+    tensors: list[Tensor | None] = [view, tap_weight, view_weight, bias, output_weight, output_bias]
+    rows = [taps] if isinstance(taps, Tensor) else list(taps)
+    device = tap_weight.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rows = [tap.to(dtype) for tap in rows]
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    view, weight, view_weight, first_bias, output_weight, output_bias = tensors
+    assert weight is not None and first_bias is not None
+    hidden_keep = None
+    if dropout > 0 and output_weight is not None:
+        shape = (first_bias.shape[0], rows[0].shape[-2], first_bias.shape[1])
+        hidden_keep = torch.rand(shape, device=weight.device) >= dropout
+    return kernels.layerwise_ensemble(
+        rows,
         view,
-        tap_weight,
+        view_keep,
+        weight,
         view_weight,
-        bias,
+        first_bias,
         output_weight,
         output_bias,
         mix_weights,
-        activation=activation,
-        normalize=normalize,
-        view_keep=view_keep,
-        dropout=dropout,
-        zeroed_view=zeroed_view,
+        hidden_keep,
+        ACTIVATION_NAMES.index(activation),
+        normalize,
+        dropout,
+        zeroed_view,
     )
 
 
@@ -118,7 +133,11 @@ def layerwise_loss(layer_logits: Tensor, target: Tensor, problem_type: str) -> T
             raise ValueError(f"target: expected [{batch}] int64 classes, got {list(target.shape)} {target.dtype}")
     elif list(target.shape) != [batch, outputs] and not (outputs == 1 and list(target.shape) == [batch]):
         raise ValueError(f"target: expected [{batch}, {outputs}] for {problem_type}, got {list(target.shape)}")
-    return layerwise_loss_eager(layer_logits, target, problem_type)
+    if problem_type == "single_label_classification":
+        target = target.to(torch.int64)
+    else:
+        target = target.to(torch.float32).reshape(batch, outputs)
+    return kernels.layerwise_loss(layer_logits, target, PROBLEM_TYPES.index(problem_type))
 
 
 def _require_ensemble_shapes(
