@@ -5,28 +5,26 @@ Importing it loads the native library (see :mod:`levi_fast.kernels.native`) and 
 
 from __future__ import annotations
 
-from levi_fast.kernels import native, registry
-from levi_fast.kernels.schemas import SCHEMAS
+# Python started in the checkout also finds this folder under the name ``kernels``, which transformers probes for: an
+# optional package of that name. Under it nothing is registered (it would be the second time, and fail), and a module
+# without names and version counts there as absent.
+if __name__ == "levi_fast.kernels":
+    from levi_fast.kernels.ops import (
+        BackendUnavailableError,
+        OpReport,
+        backend_report,
+        layerwise_ensemble,
+        layerwise_loss,
+        masked_mean_pool,
+        use_backend,
+    )
 
-# Schemas first: each op's file attaches its checks, its gradient and its eager twin to them.
-registry.define_ops(SCHEMAS, native_loaded=native.load().loaded)
-
-from levi_fast.kernels.layerwise_ensemble import layerwise_ensemble  # noqa: E402
-from levi_fast.kernels.layerwise_loss import layerwise_loss  # noqa: E402
-from levi_fast.kernels.masked_mean_pool import masked_mean_pool  # noqa: E402
-from levi_fast.kernels.registry import (  # noqa: E402
-    BackendUnavailableError,
-    OpReport,
-    backend_report,
-    use_backend,
-)
-
-__all__ = [
-    "BackendUnavailableError",
-    "OpReport",
-    "backend_report",
-    "layerwise_ensemble",
-    "layerwise_loss",
-    "masked_mean_pool",
-    "use_backend",
-]
+    __all__ = [
+        "BackendUnavailableError",
+        "OpReport",
+        "backend_report",
+        "layerwise_ensemble",
+        "layerwise_loss",
+        "masked_mean_pool",
+        "use_backend",
+    ]

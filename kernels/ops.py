@@ -1,0 +1,29 @@
+"""Every op, defined and registered: the one place that knows the order in which that must happen."""
+
+from __future__ import annotations
+
+from levi_fast.kernels import native, registry
+from levi_fast.kernels.schemas import SCHEMAS
+
+# Schemas first: each op's file attaches its checks, its gradient and its eager twin to them.
+registry.define_ops(SCHEMAS, native_loaded=native.load().loaded)
+
+from levi_fast.kernels.layerwise_ensemble import layerwise_ensemble  # noqa: E402
+from levi_fast.kernels.layerwise_loss import layerwise_loss  # noqa: E402
+from levi_fast.kernels.masked_mean_pool import masked_mean_pool  # noqa: E402
+from levi_fast.kernels.registry import (  # noqa: E402
+    BackendUnavailableError,
+    OpReport,
+    backend_report,
+    use_backend,
+)
+
+__all__ = [
+    "BackendUnavailableError",
+    "OpReport",
+    "backend_report",
+    "layerwise_ensemble",
+    "layerwise_loss",
+    "masked_mean_pool",
+    "use_backend",
+]
