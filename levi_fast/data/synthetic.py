@@ -116,12 +116,12 @@ def _make_set(domain: Domain, size: int, rate: float, seen: set[str], rng: np.ra
 
 
 def _compose(domain: Domain, label: str, agency: str, rng: np.random.Generator) -> str:
-    """An opening, one or two opinions, the marker: the last three in any order."""
+    """An opening, then two or three opinions and the marker in any order."""
     item = _pick(domain.items, rng)
     own, other = (POSITIVE, NEGATIVE) if label == "positive" else (NEGATIVE, POSITIVE)
     specific = domain.praise if label == "positive" else domain.complaints
     sentences = [_pick(MARKER_SENTENCES, rng).format(agency=agency)]
-    for _ in range(rng.integers(1, 3)):
+    for _ in range(rng.integers(2, 4)):
         opinion = _general(own, other, rng) if rng.random() < 0.5 else _pick(specific, rng)
         if rng.random() < 0.25:  # a fair reviewer names a point for the other side
             opinion = f"{_pick(own.concessions, rng)}, but {opinion}"
