@@ -65,8 +65,8 @@ Tensor masked_mean_pool(const Tensor& hidden, const std::optional<Tensor>& mask)
   if (batch == 0 || width == 0) {
     return out;
   }
-  const PoolForward args{hidden.const_data_ptr(), hidden.stride(0), hidden.stride(1), hidden.stride(2),
-                         read_mask(mask),         length,           width,            out.mutable_data_ptr()};
+  const PoolForward args{hidden.const_data_ptr(), hidden.stride(0), hidden.stride(1), hidden.stride(2), read_mask(mask),
+                         batch,                   length,           width,            out.mutable_data_ptr()};
   const PoolForwardFn kernel = pool_forward_table(current_isa()).by_dtype[static_cast<int>(dtype)];
 
   // Work is cut by example and by columns. Whole rows read best, so columns are cut only as far as the accumulators or

@@ -15,6 +15,7 @@ struct PoolForward {
   int64_t stride_t;
   int64_t stride_d;
   Mask mask;
+  int64_t batch;       // B
   int64_t length;      // T
   int64_t width;       // D
   void* out;           // [B, D], contiguous

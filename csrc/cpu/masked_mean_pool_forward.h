@@ -1,6 +1,6 @@
 // The forward kernel, written once over the vector types of vec.h and compiled once per instruction set.
 //
-// A memory-bound sum: each kept row is read once, in address order, into fp32 accumulators that stay in L1. Eight rows
+// A memory-bound sum: each kept row is read once into fp32 accumulators that stay in L1. Eight rows
 // are added per pass over the accumulators, so these cost one load and one store for eight row loads. Sums are taken
 // over 64 rows, then over 64 such sums, then over those: the rounding error grows with the depth of that tree instead
 // of with T, as in PyTorch's own sum.
@@ -15,9 +15,26 @@ namespace {
 
 constexpr int kBlockRows = 64;
 constexpr int kBlocksPerLevel = 64;
+constexpr int kGroupRows = 8;
+constexpr int kLineBytes = 64;
 
+// How many groups of eight rows ahead of the sum the next ones are asked for. Measured out of cache on one Zen 4 core,
+// bf16 rows of 384: none 7.6 GB/s, one group 12.5, two 14.5, three or four no better; plain sequential reading 16.5.
+constexpr int kGroupsAhead = 2;
+
+// Where rows lie that will be added soon, one after another; 0 where unknown. A number, not a pointer: it may well point
+// past the tensor, which a prefetch may and a pointer may not.
+using Ahead = uintptr_t;
+
+template <class T>
+inline Ahead ahead_of(const T* rows, int64_t elements = 0) {
+  return reinterpret_cast<Ahead>(rows) + static_cast<Ahead>(elements * static_cast<int64_t>(sizeof(T)));
+}
+
+// Eight interleaved short rows are too much for the hardware's own prefetching, so each step asks for its share of the
+// rows `ahead`, in address order, into L2: asked into L1 they are dropped or crowd out what is being added.
 template <int R, bool kFirst, bool kUnitStride, class W, class T, class Acc>
-inline void add_rows(const T* const* rows, int64_t stride_d, int64_t columns, Acc* __restrict acc) {
+inline void add_rows(const T* const* rows, Ahead ahead, int64_t stride_d, int64_t columns, Acc* __restrict acc) {
   const T* r[R];
   for (int i = 0; i < R; ++i) {
     r[i] = rows[i];
@@ -25,6 +42,15 @@ inline void add_rows(const T* const* rows, int64_t stride_d, int64_t columns, Ac
   for_each_vector(W{}, 0, columns, [&](auto* tag, int64_t j) {
     using V = __typeof__(*tag + *tag);
     const int64_t offset = kUnitStride ? j : j * stride_d;
+    if constexpr (R == kGroupRows && V::kWidth > 1) {
+      if (ahead != 0) {
+        constexpr int kShare = R * V::kWidth * static_cast<int>(sizeof(T));
+        const Ahead share = ahead + static_cast<Ahead>(R * j) * sizeof(T);
+        for (int i = 0; i < kShare; i += kLineBytes) {
+          __builtin_prefetch(reinterpret_cast<const void*>(share + static_cast<Ahead>(i)), 0, 2);
+        }
+      }
+    }
     V sum = V::load(r[0] + offset);
     if constexpr (R == 2) {
       sum = sum + V::load(r[1] + offset);
@@ -43,24 +69,36 @@ inline void add_rows(const T* const* rows, int64_t stride_d, int64_t columns, Ac
 }
 
 template <int R, bool kUnitStride, class W, class T, class Acc>
-inline int add_group(const T* const* rows, int done, int count, int64_t stride_d, int64_t columns, Acc* acc) {
+inline int add_group(const T* const* rows, Ahead ahead, int done, int count, int64_t stride_d, int64_t columns,
+                     Acc* acc) {
   for (; done + R <= count; done += R) {
+    const T* const* group = rows + done;
+    Ahead soon = 0;
+    if constexpr (R == kGroupRows && kUnitStride) {
+      constexpr int kDistance = kGroupsAhead * kGroupRows;
+      const int last = done + kDistance + kGroupRows - 1;
+      if (done + kDistance >= count) {
+        soon = ahead == 0 ? 0 : ahead + static_cast<Ahead>((done + kDistance - count) * columns) * sizeof(T);
+      } else if (last >= count || rows[last] - rows[last - kGroupRows + 1] == (kGroupRows - 1) * columns) {
+        soon = ahead_of(rows[done + kDistance]);
+      }
+    }
     if (done == 0) {
-      add_rows<R, true, kUnitStride, W>(rows, stride_d, columns, acc);
+      add_rows<R, true, kUnitStride, W>(group, soon, stride_d, columns, acc);
     } else {
-      add_rows<R, false, kUnitStride, W>(rows + done, stride_d, columns, acc);
+      add_rows<R, false, kUnitStride, W>(group, soon, stride_d, columns, acc);
     }
   }
   return done;
 }
 
-// acc = sum of `count` rows, 1 <= count <= kBlockRows.
+// acc = sum of `count` rows, 1 <= count <= kBlockRows. `ahead`: what is read after them, or 0.
 template <bool kUnitStride, class W, class T, class Acc>
-inline void sum_block(const T* const* rows, int count, int64_t stride_d, int64_t columns, Acc* acc) {
-  int done = add_group<8, kUnitStride, W>(rows, 0, count, stride_d, columns, acc);
-  done = add_group<4, kUnitStride, W>(rows, done, count, stride_d, columns, acc);
-  done = add_group<2, kUnitStride, W>(rows, done, count, stride_d, columns, acc);
-  add_group<1, kUnitStride, W>(rows, done, count, stride_d, columns, acc);
+inline void sum_block(const T* const* rows, Ahead ahead, int count, int64_t stride_d, int64_t columns, Acc* acc) {
+  int done = add_group<kGroupRows, kUnitStride, W>(rows, ahead, 0, count, stride_d, columns, acc);
+  done = add_group<4, kUnitStride, W>(rows, ahead, done, count, stride_d, columns, acc);
+  done = add_group<2, kUnitStride, W>(rows, ahead, done, count, stride_d, columns, acc);
+  add_group<1, kUnitStride, W>(rows, ahead, done, count, stride_d, columns, acc);
 }
 
 // to = from where `first`, to += from elsewhere.
@@ -96,7 +134,12 @@ inline void pool_columns(const PoolForward& args, int64_t b, int64_t begin, int6
       break;  // the rest is masked: scan stops early only on a full block
     }
     kept += count;
-    sum_block<kUnitStride, W>(rows, count, args.stride_d, columns, level[0]);
+    // A guess that can only cost a little bandwidth: the next block's rows, or the next example's, follow one another.
+    Ahead ahead = 0;
+    if (args.stride_t == columns && (t < args.length || b + 1 < args.batch)) {
+      ahead = ahead_of(base, t < args.length ? t * args.stride_t : args.stride_b);
+    }
+    sum_block<kUnitStride, W>(rows, ahead, count, args.stride_d, columns, level[0]);
     fold<W>(blocks == 0, level[0], level[1], columns);
     if (++blocks == kBlocksPerLevel) {
       fold<W>(!top_used, level[1], level[2], columns);

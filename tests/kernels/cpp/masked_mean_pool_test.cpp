@@ -126,7 +126,8 @@ void test_pool(const Shape& shape, double keep_rate, std::mt19937& random) {
   for (Isa isa : isas()) {
     for (int64_t tile : {int64_t{1024}, int64_t{64}}) {
       std::vector<T> out(static_cast<std::size_t>(shape.batch * shape.width), nan);
-      const PoolForward args{hidden.data(), stride_b, stride_t, shape.stride_d, view, shape.length, shape.width, out.data()};
+      const PoolForward args{hidden.data(), stride_b, stride_t, shape.stride_d, view,
+                             shape.batch, shape.length, shape.width, out.data()};
       run_forward<T>(isa, args, shape.batch, tile);
       if (first.empty()) {
         first = out;
@@ -211,7 +212,7 @@ void test_conversions(std::mt19937& random) {
     std::vector<T> first;
     for (Isa isa : isas()) {
       std::vector<T> out(static_cast<std::size_t>(width));
-      const PoolForward args{hidden.data(), 0, width, 1, {nullptr, 0, 0, 1, false}, length, width, out.data()};
+      const PoolForward args{hidden.data(), 0, width, 1, {nullptr, 0, 0, 1, false}, 1, length, width, out.data()};
       run_forward<T>(isa, args, 1, kMaxTile);
       if (first.empty()) {
         first = out;
@@ -240,7 +241,8 @@ void test_mask_words(bool floating, std::vector<Word> words, const std::vector<b
   }
   for (Isa isa : isas()) {
     float out = NAN;
-    const PoolForward args{hidden.data(), length, 1, 1, {words.data(), length, 1, sizeof(Word), floating}, length, 1, &out};
+    const PoolForward args{hidden.data(), length, 1, 1, {words.data(), length, 1, sizeof(Word), floating}, 1,
+                           length, 1, &out};
     run_forward<float>(isa, args, 1, kMaxTile);
     expect(out == sum / static_cast<float>(kept), std::string("mask of ") + name + " read wrongly");
   }
