@@ -6,10 +6,7 @@ timestamp) and ``movies.csv`` (movieId, title, genres, separated by ``|``). See 
 
 from __future__ import annotations
 
-import csv
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from levi_fast.data.movielens_files import Films, Ratings, find_file, read_films, read_ratings, run_starts
 from levi_fast.errors import DataError
 
 HELD_OUT_GENRES = ("Animation", "Documentary", "Film-Noir", "Horror", "Musical", "War", "Western")
@@ -31,10 +29,6 @@ their values.
 FIRST_OOD_YEAR = 2010
 SPLITS = {"genres": "held_out_genres", "years": "later_years"}
 """Kind of split -> name of its out-of-distribution set."""
-
-_NO_GENRE = "(no genres listed)"
-_TITLE_YEAR = re.compile(r"\((\d{4})[^()]*\)\s*$")
-_TRAILING_ARTICLE = re.compile(r"^(.+), (The|A|An|Le|La|Les|L'|Il|El|Los|Das|Der|Die)(?= \(|$)")
 
 
 @dataclass(frozen=True)
@@ -99,13 +93,13 @@ def load_movielens(
     *,
     held_out_genres: Sequence[str] = HELD_OUT_GENRES,
     first_ood_year: int = FIRST_OOD_YEAR,
-    max_train: int = 8000,
+    max_train: int = 6000,
     max_validation: int = 1500,
-    max_test: int = 2000,
-    max_ood: int = 2000,
+    max_test: int = 1500,
+    max_ood: int = 1500,
     max_per_user: int = 50,
-    history_length: int = 50,
-    text_history: int = 3,
+    history_length: int = 20,
+    text_history: int = 2,
     min_history: int = 5,
 ) -> MovieLensTask:
     """Read MovieLens and split it so that the last set differs from training in one named way.
@@ -155,8 +149,8 @@ def load_movielens(
     ]:
         if value < least:
             raise DataError(f"{name}: expected at least {least}, got {value}")
-    films = _read_films(_file(data_dir, "movies.csv"))
-    ratings = _read_ratings(_file(data_dir, "ratings.csv"), films)
+    films = read_films(find_file(data_dir, "movies.csv"))
+    ratings = read_ratings(find_file(data_dir, "ratings.csv"), films)
 
     if split == "genres":
         unknown = [genre for genre in held_out_genres if genre not in films.genre_names]
@@ -195,141 +189,6 @@ def load_movielens(
     return MovieLensTask(splits, (SPLITS[split],), (*films.genre_names, "year"), description)
 
 
-@dataclass(frozen=True)
-class _Films:
-    names: list[str]  # "The Usual Suspects (1995; Crime, Mystery, Thriller)"
-    features: np.ndarray  # [films, G] float32
-    genre_names: list[str]
-    index: dict[int, int]  # movie id -> row
-    ids: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Ratings:
-    """All ratings, ordered by user, time, movie id."""
-
-    user: np.ndarray
-    film: np.ndarray  # row in _Films
-    stars: np.ndarray
-    time: np.ndarray
-    start: np.ndarray  # row of the same user's first rating
-
-    @property
-    def position(self) -> np.ndarray:
-        return np.arange(len(self.user)) - self.start
-
-
-def _file(data_dir: str | Path, name: str) -> Path:
-    folder = Path(data_dir)
-    if not folder.is_dir():
-        raise DataError(f"data_dir: expected a folder with ratings.csv and movies.csv, {folder} is not a folder")
-    if not (folder / name).is_file():
-        found = sorted(path.name for path in folder.iterdir())[:8]
-        raise DataError(f"{folder}: {name} is missing; found {', '.join(found) if found else 'nothing'}")
-    return folder / name
-
-
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield the file's line number and the cells of the named columns."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, None)
-            if header is None:
-                raise DataError(f"{path}: the file is empty; expected a header with {', '.join(columns)}")
-            missing = [column for column in columns if column not in header]
-            if missing:
-                raise DataError(f"{path}: column {missing[0]!r} is missing; found {', '.join(header)}")
-            places = [header.index(column) for column in columns]
-            for row in reader:
-                if len(row) != len(header):
-                    line = reader.line_num
-                    raise DataError(f"{path}, line {line}: expected {len(header)} cells, got {len(row)}")
-                yield reader.line_num, [row[place] for place in places]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, but byte {error.start} of a block is not") from error
-    except csv.Error as error:
-        raise DataError(f"{path}: not readable as CSV: {error}") from error
-
-
-def _read_films(path: Path) -> _Films:
-    names, genres, years = [], [], []
-    index: dict[int, int] = {}
-    for line, (movie, title, genre_list) in _rows(path, ("movieId", "title", "genres")):
-        movie_id = _number(int, movie, path, line, "movieId")
-        if movie_id in index:
-            raise DataError(f"{path}, line {line}: movieId {movie_id} was already listed")
-        index[movie_id] = len(index)
-        own = [] if genre_list in ("", _NO_GENRE) else genre_list.split("|")
-        year = _TITLE_YEAR.search(title)
-        years.append((int(year.group(1)) - 1990) / 20 if year else 0.0)
-        genres.append(own)
-        names.append(_film_name(title, own))
-    if not index:
-        raise DataError(f"{path}: the file lists no film")
-    genre_names = sorted({genre for own in genres for genre in own})
-    features = np.zeros((len(names), len(genre_names) + 1), dtype=np.float32)
-    columns = {genre: column for column, genre in enumerate(genre_names)}
-    for row, own in enumerate(genres):
-        features[row, [columns[genre] for genre in own]] = 1.0
-    features[:, -1] = years
-    return _Films(names, features, genre_names, index, np.array(list(index), dtype=np.int64))
-
-
-def _read_ratings(path: Path, films: _Films) -> _Ratings:
-    users, rated, stars, times = [], [], [], []
-    for line, (user, movie, rating, time) in _rows(path, ("userId", "movieId", "rating", "timestamp")):
-        movie_id = _number(int, movie, path, line, "movieId")
-        if movie_id not in films.index:
-            raise DataError(f"{path}, line {line}: movieId {movie_id} is not listed in movies.csv")
-        users.append(_number(int, user, path, line, "userId"))
-        rated.append(films.index[movie_id])
-        stars.append(_number(float, rating, path, line, "rating"))
-        times.append(_number(int, time, path, line, "timestamp"))
-    if not users:
-        raise DataError(f"{path}: the file holds no rating")
-    all_users, film, all_times = np.array(users), np.array(rated), np.array(times)
-    order = np.lexsort((films.ids[film], all_times, all_users))
-    rater, film = all_users[order], film[order]
-    pairs = np.stack([rater, film], axis=1)
-    unique, counts = np.unique(pairs, axis=0, return_counts=True)
-    if (counts > 1).any():  # a second rating of a film would find the first, its own answer, in its history
-        twice_user, twice_film = unique[counts > 1][0]
-        raise DataError(f"{path}: user {twice_user} rates movieId {films.ids[twice_film]} more than once")
-    start = _run_starts(rater)
-    return _Ratings(rater, film, np.array(stars, dtype=np.float32)[order], all_times[order], start)
-
-
-def _number(kind: Callable[[str], Any], cell: str, path: Path, line: int, column: str) -> Any:
-    try:
-        value = kind(cell)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        what = "an integer" if kind is int else "a number"
-        raise DataError(f"{path}, line {line}: expected {what} in column {column!r}, got {cell!r}")
-    return value
-
-
-def _film_name(title: str, genres: Iterable[str]) -> str:
-    """ "Usual Suspects, The (1995)" -> "The Usual Suspects (1995; Crime, Mystery)": as it would be said."""
-    title = _TRAILING_ARTICLE.sub(r"\2 \1", title.strip())
-    listed = ", ".join(genres)
-    year = _TITLE_YEAR.search(title)
-    if year:
-        title = title[: year.start()].rstrip()
-        listed = f"{year.group(1)}; {listed}" if listed else year.group(1)
-    return f"{title} ({listed})" if listed else title
-
-
-def _run_starts(values: np.ndarray) -> np.ndarray:
-    """For every entry, where its run of equal neighbours begins."""
-    places = np.arange(len(values))
-    new = np.ones(len(values), dtype=bool)
-    new[1:] = values[1:] != values[:-1]
-    return np.maximum.accumulate(np.where(new, places, 0))
-
-
 def _count_before(mask: np.ndarray, start: np.ndarray) -> np.ndarray:
     """For every row, how many earlier rows of the same user are in ``mask``."""
     before = np.r_[0, np.cumsum(mask)]
@@ -351,13 +210,13 @@ def _subsample(rows: np.ndarray, user: np.ndarray, per_user: int, size: int, rng
     shuffled = rng.permutation(rows)
     by_user = shuffled[np.argsort(user[shuffled], kind="stable")]
     owner = user[by_user]
-    first = _run_starts(owner)
+    first = run_starts(owner)
     kept = by_user[np.arange(len(owner)) - first < per_user]
     return np.sort(rng.permutation(kept)[:size])
 
 
 def _examples(
-    films: _Films, ratings: _Ratings, rows: np.ndarray, visible: np.ndarray, length: int, text_length: int
+    films: Films, ratings: Ratings, rows: np.ndarray, visible: np.ndarray, length: int, text_length: int
 ) -> MovieLensExamples:
     count, width = len(rows), films.features.shape[1]
     history_features = np.zeros((count, length, width), dtype=np.float32)
