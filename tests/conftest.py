@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share: a tiny text backbone on disk, and the data sets beside the checkout."""
+"""Shared by several folders of tests: a tiny text backbone on disk, and the data sets beside the checkout."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-WORDS = (
-    "the a it was is this and but not very film book good great fine bad poor dull awful lovely happy sad plot actor "
-    "story scene music long short quick slow red blue green one two three never always maybe"
-).split()
+WORDS = """
+the a it was is this and but not very film book good great fine bad poor dull awful lovely happy sad plot actor
+story scene music long short quick slow red blue green one two three never always maybe
+"""
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny-bert")
-    vocabulary = {word: place for place, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    vocabulary = {word: place for place, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()

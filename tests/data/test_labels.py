@@ -89,15 +89,15 @@ class TestEncoding:
         assert space.names == ("x", "y", "z")
 
     def test_multi_label_refuses_null_numbers_and_repeats(self) -> None:
-        with pytest.raises(DataError, match="row 2 .*the label is missing"):
+        with pytest.raises(DataError, match=r"row 2 .*the label is missing"):
             fit([["a"], None])
-        with pytest.raises(DataError, match="row 2 .*expected a list of labels or text"):
+        with pytest.raises(DataError, match=r"row 2 .*expected a list of labels or text"):
             fit([["a"], 3])
-        with pytest.raises(DataError, match="row 1 .*'a' stands there more than once"):
+        with pytest.raises(DataError, match=r"row 1 .*'a' stands there more than once"):
             fit([["a", "a"], ["b"]])
 
     def test_a_list_is_no_single_label(self) -> None:
-        with pytest.raises(DataError, match="row 2 .*expected one label"):
+        with pytest.raises(DataError, match=r"row 2 .*expected one label"):
             fit(["a", ["b"]], problem_type="single_label_classification")
 
 
@@ -119,12 +119,12 @@ class TestRegression:
 
 
 def test_one_class_only() -> None:
-    with pytest.raises(DataError, match="at least two different labels, got only 'x'"):
+    with pytest.raises(DataError, match=r"at least two different labels, got only 'x'"):
         fit(["x", "x"])
 
 
 def test_unknown_problem_type() -> None:
-    with pytest.raises(DataError, match="--problem-type: expected one of .*regression, got 'ranking'"):
+    with pytest.raises(DataError, match=r"--problem-type: expected one of .*regression, got 'ranking'"):
         fit(["a", "b"], problem_type="ranking")
 
 

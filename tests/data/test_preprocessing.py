@@ -80,7 +80,7 @@ class TestTableProcessor:
         with pytest.raises(DataError, match=r"levi_processor\.json is missing"):
             TableProcessor.load(tmp_path)
         (tmp_path / "levi_processor.json").write_text(json.dumps({"format_version": 99}))
-        with pytest.raises(DataError, match="expected format_version 1, got 99"):
+        with pytest.raises(DataError, match=r"expected format_version 1, got 99"):
             TableProcessor.load(tmp_path)
 
 
@@ -92,7 +92,7 @@ class TestTokenising:
 
     def test_one_warning_for_all_files(self, tokenizer: Any) -> None:
         datasets = [EncodedDataset(name, token_ids=[[1], [2]], num_truncated=1) for name in ("a", "b")]
-        with pytest.warns(UserWarning, match="2 of 4 texts are longer than 8 tokens and were cut") as caught:
+        with pytest.warns(UserWarning, match=r"2 of 4 texts are longer than 8 tokens and were cut") as caught:
             warn_truncated(datasets, 8)
         assert len(caught) == 1
         with warnings.catch_warnings():
@@ -103,9 +103,9 @@ class TestTokenising:
         assert length_limit(None, tokenizer) == 64
         assert length_limit(None, tokenizer, default=32) == 32
         assert length_limit(12, tokenizer) == 12
-        with pytest.raises(DataError, match="--max-length: expected a number between 3 and 64, .* got 65"):
+        with pytest.raises(DataError, match=r"--max-length: expected a number between 3 and 64, .* got 65"):
             length_limit(65, tokenizer)
-        with pytest.raises(DataError, match="--max-length: .* got 2"):
+        with pytest.raises(DataError, match=r"--max-length: .* got 2"):
             length_limit(2, tokenizer)
 
     def test_padding_without_a_pad_token(self) -> None:
@@ -146,7 +146,7 @@ class TestEncodedDataset:
         assert batch["taps"].tolist() == [[1.0], [2.0]] and "input_ids" not in batch
         data.set_taps(None)
         assert "taps" not in data.__getitems__([0])
-        with pytest.raises(ValueError, match="expected 3 rows, got 2"):
+        with pytest.raises(ValueError, match=r"expected 3 rows, got 2"):
             data.set_taps(torch.zeros(2, 1))
 
     def test_subset(self) -> None:
@@ -159,7 +159,7 @@ class TestEncodedDataset:
         assert batch["numeric"].tolist() == [[0, 0, 1], [0, 1, 0]]
 
     def test_unequal_numbers_of_rows(self) -> None:
-        with pytest.raises(ValueError, match="expected as many rows everywhere"):
+        with pytest.raises(ValueError, match=r"expected as many rows everywhere"):
             EncodedDataset("d", token_ids=[[1]], labels=torch.zeros(2))
 
 
@@ -186,5 +186,5 @@ class TestHoldOut:
         assert stratified_holdout(labels, 0.1, 0)[1] != stratified_holdout(labels, 0.1, 1)[1]
 
     def test_too_few_rows(self) -> None:
-        with pytest.raises(DataError, match="at least 2 rows"):
+        with pytest.raises(DataError, match=r"at least 2 rows"):
             stratified_holdout(np.array([1]), 0.1, 0)

@@ -156,7 +156,7 @@ class TestUnusableFiles:
         assert "cannot be read as PARQUET" in error(write(tmp_path, "a.parquet", b"PAR1 nothing PAR1"))
 
     def test_one_column_in_two_parts(self) -> None:
-        with pytest.raises(DataError, match="'text' is named twice: by --text-column and by --label-column"):
+        with pytest.raises(DataError, match=r"'text' is named twice: by --text-column and by --label-column"):
             Columns(text=("text",), label="text")
 
 
@@ -168,7 +168,7 @@ class TestCells:
 
     def test_a_row_cut_short_has_no_label_and_no_text(self, tmp_path: Path) -> None:
         table = read_table(write(tmp_path, "a.csv", "label,text\n1,fine\n2\n"), TEXT_AND_LABEL)
-        with pytest.raises(DataError, match="row 2 .* no text"):
+        with pytest.raises(DataError, match=r"row 2 .* no text"):
             table.texts(("text",))
 
     def test_numbers(self, tmp_path: Path) -> None:
