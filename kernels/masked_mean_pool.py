@@ -25,6 +25,7 @@ from levi_fast.kernels.registry import (
 )
 
 NAME = "masked_mean_pool"
+_NATIVE_MISSING = native.load().reason  # a constant, so that Dynamo has nothing to trace
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOAT_DTYPES)
 
@@ -193,7 +194,7 @@ def _register() -> None:
 def _cpp_unavailable(device: str) -> str | None:
     if device != "cpu":
         return f"the cpp kernels serve cpu, not {device}"
-    return native.load().reason or None
+    return _NATIVE_MISSING or None
 
 
 def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
