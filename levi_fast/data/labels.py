@@ -119,6 +119,17 @@ class LabelSpace:
             )
         return index[name]
 
+    def config_fields(self) -> dict[str, Any]:
+        """What a LeviConfig takes from the labels: kind of problem, label names, scale of the targets."""
+        if self.problem_type == REGRESSION:
+            scale = {"target_mean": self.target_mean, "target_std": self.target_std}
+            return {"problem_type": self.problem_type, "num_labels": 1, **scale}
+        return {
+            "problem_type": self.problem_type,
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: place for place, name in enumerate(self.names)},
+        }
+
     def to_json(self) -> dict[str, Any]:
         return {
             "column": self.column,

@@ -8,13 +8,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone, load_tokenizer
 from levi_fast.config import LeviConfig
-from levi_fast.data.labels import REGRESSION
 from levi_fast.data.preprocessing import TableProcessor, warn_truncated
 from levi_fast.data.tables import Columns, read_table
 from levi_fast.errors import DataError
@@ -129,17 +128,8 @@ def build_config(
     """
     labels = processor.labels
     assert labels is not None
-    names = {"id2label": dict(enumerate(labels.names)), "label2id": {n: i for i, n in enumerate(labels.names)}}
-    outputs: dict[str, Any] = names if labels.names else {"num_labels": 1}
     try:
-        return LeviConfig(
-            problem_type=cast(Any, labels.problem_type),
-            target_mean=labels.target_mean if labels.problem_type == REGRESSION else 0.0,
-            target_std=labels.target_std if labels.problem_type == REGRESSION else 1.0,
-            task_model=task_model,
-            **outputs,
-            **fields,
-        )
+        return LeviConfig(task_model=task_model, **labels.config_fields(), **fields)
     except (ValueError, TypeError) as error:
         raise DataError(str(error)) from error
 
