@@ -23,17 +23,18 @@ from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.runs import MethodResult, TapBank, run_method
 from levi_fast.training.tasks import TableFiles, TableTask
 
+EPOCHS = 12
 DEMO_METHODS = ("levi", "linear-probe", "taps-only", "task-model")
 
 
-def demo(console: Console, *, output: str | None = None, seed: int = 0, epochs: int = 12) -> dict[str, Any]:
+def demo(console: Console, *, output: str | None = None, seed: int = 0, epochs: int | None = None) -> dict[str, Any]:
     """Generate the data as CSV files, read them back like a user's files, train every method, print the table.
 
     Args:
         console: where to print.
         output: new folder for the CSV files, metrics.json and the LEVI model; None keeps nothing.
         seed: of the data and of training.
-        epochs: of every method.
+        epochs: of every method; None takes :data:`EPOCHS`.
 
     Returns:
         the figures of every method, by name.
@@ -56,7 +57,7 @@ def demo(console: Console, *, output: str | None = None, seed: int = 0, epochs: 
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="levi-fast-demo-")))
         else:
             folder = stack.enter_context(new_folder(output))
-        return _demo(console, folder, output, seed, epochs, started)
+        return _demo(console, folder, output, seed, EPOCHS if epochs is None else epochs, started)
 
 
 def _demo(
