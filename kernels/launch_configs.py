@@ -148,7 +148,7 @@ class ProductConfig:
         block_n = 64 if not wide or block_m < 128 else 128
         block_n = max(16, min(block_n, power_of_two(n)))
         # A step reads 64 elements of each row in 16-bit types: one full 128-byte line.
-        block_k = max(16, min(64 if wide else 32, power_of_two(k)))
+        block_k = max(16, min(64 if wide else 16 if block_m == 64 else 32, power_of_two(k)))
         programs = batches * ceil_div(m, block_m) * ceil_div(n, block_n)
         splits = _splits(programs, traits, ceil_div(k, block_k))
         big = block_m * block_n >= 128 * 128

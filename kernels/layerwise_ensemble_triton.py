@@ -1,6 +1,4 @@
-# mypy: disable-error-code="no-untyped-def"
-# (a kernel's arguments are Triton's: it specialises them itself)
-"""layerwise_ensemble on GPUs, forward: the Triton kernels, how they are launched, and why this way.
+"""layerwise_ensemble on GPUs, forward: how ensemble_forward_kernels_triton.py's kernels are launched, and why this way.
 
     before_l = norm(tap_l) W_l + norm(view) V_l + b_l        [B, K]   one launch for all layers
     y_l      = drop(act(before_l)) O_l + c_l                 [B, C]   one launch for all layers
@@ -25,271 +23,64 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from levi_fast.kernels.ensemble_tiles_triton import (
-    activate,
-    dot_precision,
-    feature_offsets,
-    locate,
-    row_stats,
-    tap_address,
-    tile_of,
+from levi_fast.kernels.ensemble_forward_kernels_triton import (
+    finish_first_product_kernel,
+    first_product_kernel,
+    mix_kernel,
+    output_kernel,
 )
+from levi_fast.kernels.ensemble_tiles_triton import dot_precision, locate, row_stats
 from levi_fast.kernels.launch_configs import ProductConfig, ceil_div, device_traits, tuned_or
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 32768  # features of a tap or the view; the LayerNorm's backward holds a row in registers
 _ELEMENTS = 1024  # of one program of an elementwise launch
+_FINISHED = 512  # of one program that adds parts: few examples make few elements, and more would spill
 
 
-@triton.jit
-def _add_product(
-    acc,
-    base,
-    row_stride,
-    feature_stride,
-    weight,
-    weight_stride,
-    means,
-    rstds,
-    rows,
-    row_in,
-    columns,
-    K,
-    start,
-    end,
-    UNIT: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """``acc += norm(x[rows, start:end]) @ weight[start:end, columns]``; rows that are not in count as zero."""
-    mean = tl.zeros_like(rows).to(tl.float32)
-    rstd = mean
-    if NORMALIZE:
-        mean = tl.load(means + rows, mask=row_in, other=0.0)
-        rstd = tl.load(rstds + rows, mask=row_in, other=0.0)
-    x_rows = base + rows[:, None] * row_stride
-    column_in = (columns < K)[None, :]
-    for k0 in range(start, end, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        inside = k < end
-        x = tl.load(
-            x_rows + feature_offsets(k, feature_stride, UNIT)[None, :],
-            mask=row_in[:, None] & inside[None, :],
-            other=0.0,
-        )
-        w = tl.load(
-            weight + k.to(tl.int64)[:, None] * weight_stride + columns[None, :],
-            mask=inside[:, None] & column_in,
-            other=0.0,
-        )
-        if NORMALIZE:
-            x = tl.where(inside[None, :], (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
-        acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION)
-    return acc
+def declined(
+    taps: Sequence[Tensor],
+    view: Tensor | None,
+    view_keep: Tensor | None,
+    tap_weight: Tensor,
+    view_weight: Tensor | None,
+    bias: Tensor | None,
+    output_weight: Tensor | None,
+    output_bias: Tensor | None,
+    mix_weights: Tensor | None,
+    hidden_keep: Tensor | None,
+) -> str | None:
+    """Why these tensors are not for the Triton kernels, or None where they are.
 
-
-@triton.jit
-def _first_product_kernel(
-    bank,
-    table,
-    stats,
-    view,
-    view_keep,
-    tap_weight,
-    view_weight,
-    bias,
-    before,
-    before_zeroed,
-    partial,
-    B,
-    D,
-    V,
-    K,
-    layers,
-    stride_l,
-    stride_b,
-    stride_d,
-    stride_vb,
-    stride_vd,
-    tap_parts,
-    part_length,
-    HAS_TABLE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    UNIT: tl.constexpr,
-    VIEW_UNIT: tl.constexpr,
-    HAS_VIEW: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ZEROED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """A tile of ``before_l``, or one part of its sum: the first ``tap_parts`` are the tap's, the rest the view's."""
-    pid_m, pid_n = tile_of(tl.program_id(0), B, K, BLOCK_M, BLOCK_N, GROUP_M)
-    layer = tl.program_id(1)
-    part = tl.program_id(2)
-    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_in = rows < B
-    inside = row_in[:, None] & (columns < K)[None, :]
-    layer64 = layer.to(tl.int64)
-    where = (layer64 * B + rows)[:, None] * K + columns[None, :]
-    rstds = stats + tl.cast(layers + 1, tl.int64) * B
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-
-    if part < tap_parts:
-        base, row_stride, feature_stride, width, first = tap_address(
-            bank, table, layer, stride_l, stride_b, stride_d, D, HAS_TABLE, ALIGNED
-        )
-        start = part * part_length if SPLIT else 0
-        end = tl.minimum(start + part_length, width) if SPLIT else width
-        acc = _add_product(
-            acc, base, row_stride, feature_stride, tap_weight + first * K, K,
-            stats + layer64 * B, rstds + layer64 * B, rows, row_in, columns, K, start, end,
-            UNIT, NORMALIZE, PRECISION, BLOCK_K,
-        )  # fmt: skip
-    if not SPLIT:
-        acc += tl.load(bias + layer64 * K + columns, mask=columns < K, other=0.0).to(tl.float32)[None, :]
-        if ZEROED:
-            tl.store(before_zeroed + where, acc.to(before_zeroed.dtype.element_ty), mask=inside)
-    if HAS_VIEW and (not SPLIT or part >= tap_parts):
-        kept = row_in
-        if HAS_KEEP:  # a dropped view is not read: its NaN would survive a product with zero
-            kept = row_in & (tl.load(view_keep + rows, mask=row_in, other=0) != 0)
-        start = (part - tap_parts) * part_length if SPLIT else 0
-        end = tl.minimum(start + part_length, V) if SPLIT else V
-        view_stats = tl.cast(layers, tl.int64) * B
-        acc = _add_product(
-            acc, view, tl.cast(stride_vb, tl.int64), stride_vd, view_weight + layer64 * K,
-            tl.cast(layers, tl.int64) * K,
-            stats + view_stats, rstds + view_stats, rows, kept, columns, K, start, end,
-            VIEW_UNIT, NORMALIZE, PRECISION, BLOCK_K,
-        )  # fmt: skip
-    if SPLIT:
-        tl.store(partial + part.to(tl.int64) * layers * B * K + where, acc, mask=inside)
-    else:
-        tl.store(before + where, acc.to(before.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _finish_first_product_kernel(
-    partial,
-    bias,
-    before,
-    before_zeroed,
-    B,
-    K,
-    layers,
-    tap_parts,
-    parts,
-    ZEROED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Adds the parts of ``before`` in their order."""
-    layer = tl.program_id(1).to(tl.int64)
-    size = tl.cast(B, tl.int64) * K
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    where = layer * size + i
-    acc = tl.load(bias + layer * K + i % K, mask=inside, other=0.0).to(tl.float32)
-    for part in range(tap_parts):
-        acc += tl.load(partial + part * layers * size + where, mask=inside, other=0.0)
-    if ZEROED:
-        tl.store(before_zeroed + where, acc.to(before_zeroed.dtype.element_ty), mask=inside)
-    for part in range(tap_parts, parts):
-        acc += tl.load(partial + part * layers * size + where, mask=inside, other=0.0)
-    tl.store(before + where, acc.to(before.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _output_kernel(
-    before,
-    before_zeroed,
-    hidden_keep,
-    output_weight,
-    output_bias,
-    layer_logits,
-    layer_logits_zeroed,
-    B,
-    H,
-    C,
-    layers,
-    scale,
-    ACTIVATION: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """``y_l = drop(act(before_l)) O_l + c_l``; the grid's second half is the prediction with the view zeroed."""
-    pid_m, pid_n = tile_of(tl.program_id(0), B, C, BLOCK_M, BLOCK_N, GROUP_M)
-    source = before
-    result = layer_logits
-    if tl.program_id(1) >= layers:
-        source = before_zeroed
-        result = layer_logits_zeroed
-    layer = (tl.program_id(1) % layers).to(tl.int64)
-    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_in = rows < B
-    column_in = columns < C
-    starts = ((layer * B + rows) * H)[:, None]
-    weights = output_weight + (columns.to(tl.int64) * layers + layer)[None, :] * H
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for h0 in range(0, H, BLOCK_K):
-        h = h0 + tl.arange(0, BLOCK_K)
-        here = row_in[:, None] & (h < H)[None, :]
-        x = activate(tl.load(source + starts + h[None, :], mask=here, other=0.0).to(tl.float32), ACTIVATION)
-        if HAS_KEEP:
-            x = tl.where(tl.load(hidden_keep + starts + h[None, :], mask=here, other=0) != 0, x * scale, 0.0)
-        w = tl.load(weights + h[:, None], mask=(h < H)[:, None] & column_in[None, :], other=0.0)
-        acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION)
-    acc += tl.load(output_bias + layer * C + columns, mask=column_in, other=0.0).to(tl.float32)[None, :]
-    where = (layer * B + rows)[:, None] * C + columns[None, :]
-    tl.store(result + where, acc.to(result.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
-
-
-@triton.jit
-def _mix_kernel(
-    layer_logits, layer_logits_zeroed, mix_weights, logits, logits_zeroed, size, layers,
-    HAS_MIX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``y = sum_l m_l y_l``, one layer after the other."""
-    source = layer_logits
-    result = logits
-    if tl.program_id(1) == 1:
-        source = layer_logits_zeroed
-        result = logits_zeroed
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for layer in range(layers):
-        y = tl.load(source + tl.cast(layer, tl.int64) * size + i, mask=inside, other=0.0).to(tl.float32)
-        if HAS_MIX:
-            y *= tl.load(mix_weights + layer).to(tl.float32)
-        acc += y
-    if not HAS_MIX:
-        acc = acc / layers
-    tl.store(result + i, acc.to(result.dtype.element_ty), mask=inside)
-
-
-def declined(taps: Sequence[Tensor], view: Tensor | None, tap_weight: Tensor) -> str | None:
-    """Why these tensors are not for the Triton kernels, or None where they are."""
-    dtypes = {tensor.dtype for tensor in (*taps, tap_weight, *(() if view is None else (view,)))}
-    if len(dtypes) > 1:
-        return f"the Triton kernels take taps, view and weights of one dtype, got {sorted(map(str, dtypes))}"
-    if not dtypes <= set(DTYPES):
-        return f"the Triton kernels take float32, bfloat16 and float16, got {dtypes.pop()}"
+    Sizes that do not fit each other are declined too: a kernel would read past the end, PyTorch's operators raise.
+    """
+    if tap_weight.dtype not in DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, got {tap_weight.dtype}"
+    layers = taps[0].shape[0] if taps[0].dim() == 3 else len(taps)
+    batch, width = taps[0].shape[-2], tap_weight.shape[1]
+    widths = [taps[0].shape[2]] * layers if taps[0].dim() == 3 else [tap.shape[1] for tap in taps]
+    outputs = width if output_weight is None else output_weight.shape[0]
+    view_width = 0 if view is None else view.shape[1]
+    if max(*widths, view_width) > WIDEST:
+        return f"the Triton kernels take at most {WIDEST} features, got {max(*widths, view_width)}"
+    expected = {
+        "tap_weight": (tap_weight, (sum(widths), width)),
+        "view": (view, (batch, view_width)),
+        "view_keep": (view_keep, (batch,)),
+        "view_weight": (view_weight, (view_width, layers, width)),
+        "bias": (bias, (layers, width)),
+        "output_weight": (output_weight, (outputs, layers, width)),
+        "output_bias": (output_bias, (layers, outputs)),
+        "mix_weights": (mix_weights, (layers,)),
+        "hidden_keep": (hidden_keep, (layers, batch, width)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            return f"{name} must be {list(shape)}, got {list(tensor.shape)}"
+    if any(tap.shape[-2] != batch for tap in taps):
+        return "the taps differ in their number of examples"
     return None
 
 
@@ -365,7 +156,7 @@ def forward(
         tap_parts = parts = 1
     partial = empty((parts, layers, batch, first), dtype=torch.float32) if split else before
     tiles = ceil_div(batch, config.block_m) * ceil_div(first, config.block_n)
-    _first_product_kernel[(tiles, layers, parts)](
+    first_product_kernel[(tiles, layers, parts)](
         located.bank,
         located.table,
         stats,
@@ -402,16 +193,16 @@ def forward(
         num_stages=config.num_stages,
     )
     if split:
-        _finish_first_product_kernel[(ceil_div(batch * first, _ELEMENTS), layers)](
+        finish_first_product_kernel[(ceil_div(batch * first, _FINISHED), layers)](
             partial, bias.contiguous(), before, before_zeroed, batch, first, layers, tap_parts, parts,
-            ZEROED=zeroed_view, BLOCK=_ELEMENTS,
+            ZEROED=zeroed_view, BLOCK=_FINISHED,
         )  # fmt: skip
     if output_weight is not None and output_bias is not None:
         stacked = 2 * layers if zeroed_view else layers
         heuristic = ProductConfig.from_tile_heuristic(traits, stacked, batch, outputs, first, bias.element_size())
         out = tuned_or(heuristic, traits, "output", bias.dtype, L=layers, B=batch, K=first, C=outputs)
         tiles = ceil_div(batch, out.block_m) * ceil_div(outputs, out.block_n)
-        _output_kernel[(tiles, stacked)](
+        output_kernel[(tiles, stacked)](
             before,
             before_zeroed,
             before if hidden_keep is None else hidden_keep.contiguous().view(torch.uint8),
@@ -434,7 +225,7 @@ def forward(
             num_warps=out.num_warps,
             num_stages=out.num_stages,
         )
-    _mix_kernel[(ceil_div(batch * outputs, _ELEMENTS), 2 if zeroed_view else 1)](
+    mix_kernel[(ceil_div(batch * outputs, _ELEMENTS), 2 if zeroed_view else 1)](
         layer_logits, layer_logits_zeroed, layer_logits if mix_weights is None else mix_weights.contiguous(),
         logits, logits_zeroed, batch * outputs, layers, HAS_MIX=mix_weights is not None, BLOCK=_ELEMENTS,
     )  # fmt: skip

@@ -17,6 +17,9 @@ from levi_fast.kernels.registry import (  # noqa: E402
     backend_report,
     use_backend,
 )
+from levi_fast.kernels.triton_dispatch import register as _register_triton  # noqa: E402
+
+_register_triton()
 
 __all__ = [
     "BackendUnavailableError",

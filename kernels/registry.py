@@ -59,6 +59,14 @@ def register(op: str, *implementations: Implementation) -> None:
     _ops[op] = {implementation.backend: implementation for implementation in implementations}
 
 
+def add(op: str, implementation: Implementation) -> None:
+    """Put another implementation of a known op right before its eager twin."""
+    implementations = _ops[op]
+    eager = implementations.pop("eager")
+    implementations[implementation.backend] = implementation
+    implementations["eager"] = eager
+
+
 def _why_not(op: str, backend: str, device: str) -> str | None:
     implementation = _ops[op].get(backend)
     if implementation is None:
