@@ -149,8 +149,8 @@ def train(
     blend: Annotated[
         str,
         typer.Option(
-            help="Weight of the prediction with the task model hidden: a number from 0 to 1, or auto (0, 0.25 "
-            "or 0.5, whichever is best on ID validation).",
+            help="Weight of the prediction with the task model hidden: a number from 0 to 1, or auto: of 0, "
+            "0.25 and 0.5 the largest that ID validation cannot tell from the best.",
             rich_help_panel=MODEL,
         ),
     ] = "auto",

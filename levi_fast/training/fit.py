@@ -42,7 +42,8 @@ class TrainingOptions:
         weight_decay: AdamW's, on matrices only.
         max_grad_norm: gradients are scaled down to this norm.
         seed: of initialisation, dropout and the order of rows.
-        blend: weight of the prediction with the view zeroed; None chooses it on validation data.
+        blend: weight of the prediction with the view zeroed; None chooses it on validation data, see
+            :func:`levi_fast.training.metrics.best_blend`.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
 
     Raises:

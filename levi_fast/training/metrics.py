@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -63,13 +64,45 @@ def blend_logits(logits: np.ndarray, logits_without_view: np.ndarray | None, ble
 def best_blend(
     logits: np.ndarray, logits_without_view: np.ndarray | None, labels: np.ndarray, problem_type: str
 ) -> tuple[float, dict[str, float]]:
-    """The blend with the best selection metric (the smallest one among equals) and its scores."""
-    candidates = BLENDS if logits_without_view is not None else (0.0,)
-    scored = [
-        (blend, compute_metrics(blend_logits(logits, logits_without_view, blend), labels, problem_type))
-        for blend in candidates
-    ]
-    return max(scored, key=lambda pair: selection_key(pair[1], problem_type))
+    """Choose the blend on validation predictions; returns it with its scores.
+
+    Taken is the largest blend that is not worse than the best-scoring one by more than a standard error, measured on
+    the same rows (the one-standard-error rule). The task model has seen training data alone, so where validation data
+    cannot tell two blends apart, the one that leans more on the pre-trained model is the safer out of distribution.
+
+    Args:
+        logits, logits_without_view: ``[N, C]``; no view, no blend.
+        labels: as for :func:`compute_metrics`.
+        problem_type: likewise.
+    """
+    if logits_without_view is None:
+        return 0.0, compute_metrics(logits, labels, problem_type)
+    blended = {blend: blend_logits(logits, logits_without_view, blend) for blend in BLENDS}
+    scores = {blend: compute_metrics(blended[blend], labels, problem_type) for blend in BLENDS}
+    chosen = best = max(BLENDS, key=lambda blend: selection_key(scores[blend], problem_type))
+    for blend in BLENDS:
+        if blend > best:
+            worse = _row_losses(blended[blend], labels, problem_type) - _row_losses(
+                blended[best], labels, problem_type
+            )
+            if worse.mean() <= worse.std() / math.sqrt(len(worse)):
+                chosen = blend
+    return chosen, scores[chosen]
+
+
+def _row_losses(logits: np.ndarray, labels: np.ndarray, problem_type: str) -> np.ndarray:
+    """What every row adds to the selection metric's error, ``[N]`` (multi-label: to log loss, as F1 has no rows)."""
+    logits = np.asarray(logits, dtype=np.float64)
+    if problem_type == REGRESSION:
+        return (logits.reshape(len(labels)) - labels) ** 2
+    if problem_type == MULTI_LABEL:
+        return _binary_cross_entropy(logits, labels).mean(axis=1)
+    return (logits.argmax(axis=1) != labels).astype(np.float64)
+
+
+def _binary_cross_entropy(logits: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    # softplus(z) - z * t, written so that large z do not overflow
+    return np.maximum(logits, 0) - logits * truth + np.log1p(np.exp(-np.abs(logits)))
 
 
 def _single_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -90,13 +123,11 @@ def _multi_label(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     predicted = (logits > 0).astype(int)
     truth = labels.astype(int)
-    # softplus(z) - z * t, written so that large z do not overflow
-    loss = np.maximum(logits, 0) - logits * truth + np.log1p(np.exp(-np.abs(logits)))
     return {
         "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0.0)),
         "micro_f1": float(f1_score(truth, predicted, average="micro", zero_division=0.0)),
         "subset_accuracy": float((predicted == truth).all(axis=1).mean()),
-        "log_loss": float(loss.mean()),
+        "log_loss": float(_binary_cross_entropy(logits, truth).mean()),
     }
 
 

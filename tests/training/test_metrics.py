@@ -79,6 +79,22 @@ class TestSelection:
         assert best_blend(with_view, -3 * with_view, labels, "regression") == (0.25, {"rmse": 0.0, "mae": 0.0})
         assert best_blend(with_view, None, labels, "regression")[0] == 0.0
 
+    def test_what_validation_cannot_tell_apart_leans_on_the_pretrained_model(self) -> None:
+        rng = np.random.default_rng(0)
+        labels = rng.integers(0, 2, 200)
+        with_view = np.eye(2)[labels]
+        with_view[:50] = 1 - with_view[:50]  # 75 % right
+        few, many = with_view.copy(), with_view.copy()
+        # zeroing the view mends 5 rows and spoils 6: within a standard error; or spoils 40: not within it
+        for logits, spoiled in ((few, 6), (many, 40)):
+            logits[:5] = 4 * (1 - with_view[:5])
+            logits[50 : 50 + spoiled] = 4 * (1 - with_view[50 : 50 + spoiled])
+        single = "single_label_classification"
+        blend, scores = best_blend(with_view, few, labels, single)
+        assert blend == 0.5 and scores["accuracy"] == pytest.approx(149 / 200)
+        blend, scores = best_blend(with_view, many, labels, single)
+        assert blend < 0.5 and scores["accuracy"] >= 0.75
+
     def test_blended_logits(self) -> None:
         with_view, without_view = np.array([[2.0]]), np.array([[4.0]])
         assert [float(blend_logits(with_view, without_view, a)[0, 0]) for a in BLENDS] == [2.0, 2.5, 3.0]
