@@ -45,13 +45,14 @@ bool isa_supported(Isa isa) {
   }
 #if defined(__x86_64__) || defined(_M_X64)
   // The builtin also asks the operating system (XGETBV), so a kernel that does not save the wide registers counts as
-  // no support. The lists are exactly what the two files are compiled with.
+  // no support. The lists are exactly what the files are compiled with.
   __builtin_cpu_init();
   if (isa == Isa::kAvx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
   }
   if (isa == Isa::kAvx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    return isa_supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
 #endif
   return true;  // NEON is part of every AArch64 CPU

@@ -1,0 +1,236 @@
+// Arithmetic on fp32 vectors as wide as the instruction set in use, on the compiler's own vector types: loads that widen,
+// stores that round, and the elementary functions the activations need.
+//
+// Compiled several times with different flags; see vec.h for why everything is in an anonymous namespace.
+#pragma once
+
+#include <stddef.h>
+
+#include "vec.h"
+
+namespace levi_fast {
+namespace {
+
+#if defined(LEVI_FAST_ISA_AVX512)
+constexpr int kLanes = 16;
+#elif defined(LEVI_FAST_ISA_AVX2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2 or NEON: part of every x86-64 and AArch64 CPU
+#endif
+
+typedef float Vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Vu __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Vh __attribute__((vector_size(kLanes * 2)));
+
+inline Vf splat(float value) { return Vf{} + value; }
+
+inline Vf load(const float* p) {
+  Vf v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Vf load(const bf16* p) {
+  Vh raw;
+  __builtin_memcpy(&raw, p, sizeof(raw));
+  return (Vf)(__builtin_convertvector(raw, Vu) << 16);
+}
+
+inline Vf load(const f16* p) {
+#if defined(LEVI_FAST_ISA_AVX512)
+  return (Vf)Avx512::load(p).value;
+#elif defined(LEVI_FAST_ISA_AVX2)
+  return (Vf)Avx2::load(p).value;
+#else
+  Vf v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = widen(p[i]);
+  }
+  return v;
+#endif
+}
+
+inline void store(Vf v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+inline void store(Vf v, bf16* p) {
+  const Vu bits = (Vu)v;
+  const Vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vh out = __builtin_convertvector(v == v ? rounded : Vu{} + 0x7fc0u, Vh);
+  __builtin_memcpy(p, &out, sizeof(out));
+}
+
+inline void store(Vf v, f16* p) {
+#if defined(LEVI_FAST_ISA_AVX512)
+  Avx512{(__m512)v}.store(p);
+#elif defined(LEVI_FAST_ISA_AVX2)
+  Avx2{(__m256)v}.store(p);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    narrow(v[i], p + i);
+  }
+#endif
+}
+
+// The first `count` < kLanes elements, zeros behind them.
+template <class T>
+inline Vf load_part(const T* p, int64_t count) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store_part(Vf v, T* p, int64_t count) {
+  T padded[kLanes];
+  store(v, padded);
+  __builtin_memcpy(p, padded, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class T>
+inline Vf load_upto(const T* p, int64_t left) {
+  return left >= kLanes ? load(p) : load_part(p, left);
+}
+
+template <class T>
+inline void store_upto(Vf v, T* p, int64_t left) {
+  if (left >= kLanes) {
+    store(v, p);
+  } else {
+    store_part(v, p, left);
+  }
+}
+
+// All ones in the lanes below `left`.
+inline Vi lanes_below(int64_t left) {
+  Vi index;
+  for (int i = 0; i < kLanes; ++i) {
+    index[i] = i;
+  }
+  return index < static_cast<int32_t>(left < kLanes ? left : kLanes);
+}
+
+inline float sum(Vf v) {
+#if defined(LEVI_FAST_ISA_AVX512)
+  const __m512 x = (__m512)v;
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x),
+                                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+#elif defined(LEVI_FAST_ISA_AVX2)
+  const __m256 half = (__m256)v;
+#endif
+#if defined(LEVI_FAST_ISA_AVX512) || defined(LEVI_FAST_ISA_AVX2)
+  __m128 x4 = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  x4 = _mm_add_ps(x4, _mm_movehl_ps(x4, x4));
+  return _mm_cvtss_f32(_mm_add_ss(x4, _mm_shuffle_ps(x4, x4, 1)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+inline Vf vabs(Vf x) { return (Vf)((Vu)x & 0x7fffffffu); }
+inline Vf sign_of(Vf magnitude, Vf sign) { return (Vf)((Vu)magnitude | ((Vu)sign & 0x80000000u)); }
+
+// e^x to about 1 ulp: x = n ln2 + r, a polynomial on |r| <= ln2/2 (fitted by Lawson's iteration on Chebyshev nodes, as the
+// two below), 2^n put into the exponent in two steps so that the result may be subnormal. NaN stays NaN.
+inline Vf vexp(Vf x) {
+  const Vf high = splat(89.0f), low = splat(-104.0f);
+  Vf y = x > high ? high : x;
+  y = y < low ? low : y;
+  const Vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vf biased = y * 1.44269504f + shift;
+  const Vf n = biased - shift;
+  Vf r = y - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vf p = splat(1.395047302e-03f);
+  p = p * r + 8.368884347e-03f;
+  p = p * r + 4.166620606e-02f;
+  p = p * r + 1.666651888e-01f;
+  p = p * r + 5.000000095e-01f;
+  p = (p * r) * r + r + 1.0f;
+  const Vi power = (Vi)biased - 0x4b400000;
+  const Vi half = power >> 1;
+  const Vf first = (Vf)((half + 127) << 23), second = (Vf)((power - half + 127) << 23);
+  return x == x ? (p * first) * second : x;
+}
+
+// erf(x): x + x P(x^2) near zero; 1 - e^(t Q(t)), t = |x|, farther out.
+inline Vf verf(Vf x) {
+  const Vf t = vabs(x);
+  const Vf s = x * x;
+  Vf p = splat(8.345212757e-05f);
+  p = p * s + -8.137434342e-04f;
+  p = p * s + 5.200633982e-03f;
+  p = p * s + -2.685927063e-02f;
+  p = p * s + 1.128369394e-01f;
+  p = p * s + -3.761263370e-01f;
+  p = p * s + 1.283791666e-01f;
+  const Vf near = p * x + x;
+  const Vf u = t > 4.0f ? splat(4.0f) : t;
+  Vf q = splat(-4.806327443e-06f);
+  q = q * u + 4.399818033e-05f;
+  q = q * u + 5.752199858e-05f;
+  q = q * u + -2.951695885e-03f;
+  q = q * u + 2.270833653e-02f;
+  q = q * u + -1.052944800e-01f;
+  q = q * u + -6.356092570e-01f;
+  q = q * u + -1.128555127e+00f;
+  const Vf far = sign_of(1.0f - vexp(q * u), x);
+  return t > 0.93f ? far : near;  // NaN compares false, and `near` keeps it
+}
+
+inline Vf vtanh(Vf x) {
+  const Vf t = vabs(x);
+  const Vf s = x * x;
+  Vf p = splat(-5.717010962e-03f);
+  p = p * s + 2.065055395e-02f;
+  p = p * s + -5.374348671e-02f;
+  p = p * s + 1.333149113e-01f;
+  p = p * s + -3.333328392e-01f;
+  const Vf near = (p * s) * x + x;
+  const Vf u = t > 10.0f ? splat(10.0f) : t;
+  const Vf far = sign_of(1.0f - 2.0f / (vexp(u + u) + 1.0f), x);
+  return t > 0.625f ? far : near;
+}
+
+inline Vf vsigmoid(Vf x) { return 1.0f / (1.0f + vexp(-x)); }
+
+// The activations, numbered as in kernels/layerwise_ensemble_eager.py.
+enum : int { kGelu = 0, kRelu = 1, kSilu = 2, kTanh = 3 };
+
+template <int kActivation>
+inline Vf activate(Vf x) {
+  if constexpr (kActivation == kGelu) {
+    return (0.5f * x) * (1.0f + verf(x * 0.70710678f));
+  } else if constexpr (kActivation == kRelu) {
+    return x < 0.0f ? Vf{} : x;
+  } else if constexpr (kActivation == kSilu) {
+    return x / (1.0f + vexp(-x));
+  } else {
+    return vtanh(x);
+  }
+}
+
+// Value and derivative at once: they share the costly part.
+template <int kActivation>
+inline Vf activate(Vf x, Vf* derivative) {
+  if constexpr (kActivation == kGelu) {
+    const Vf cdf = 0.5f + 0.5f * verf(x * 0.70710678f);
+    *derivative = cdf + x * (0.39894228f * vexp((x * x) * -0.5f));
+    return x * cdf;
+  } else if constexpr (kActivation == kRelu) {
+    *derivative = x <= 0.0f ? Vf{} : splat(1.0f);
+    return x < 0.0f ? Vf{} : x;
+  } else if constexpr (kActivation == kSilu) {
+    const Vf s = vsigmoid(x);
+    *derivative = s * (1.0f + x * (1.0f - s));
+    return x * s;
+  } else {
+    const Vf y = vtanh(x);
+    *derivative = 1.0f - y * y;
+    return y;
+  }
+}
+
+}  // namespace
+}  // namespace levi_fast
