@@ -80,9 +80,7 @@ def _check_arguments(kind: str, model: type[TaskModel], arguments: Mapping[str, 
     parameters = inspect.signature(model).parameters
     unknown = [name for name in arguments if name not in parameters]
     if unknown:
-        raise ValueError(
-            f"task model {kind}: unknown argument {unknown[0]!r}; known are {', '.join(parameters)}"
-        )
+        raise ValueError(f"task model {kind}: unknown argument {unknown[0]!r}; known are {', '.join(parameters)}")
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in arguments:
             raise ValueError(f"task model {kind}: argument {name!r} is missing; it has no default")

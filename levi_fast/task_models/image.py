@@ -40,9 +40,7 @@ class ImageTaskModel(TaskModel):
         max_size: int = 64,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(
-            view_width, channels=channels, widths=list(widths), max_size=max_size, dropout=dropout
-        )
+        super().__init__(view_width, channels=channels, widths=list(widths), max_size=max_size, dropout=dropout)
         self.channels = require_int("channels", channels)
         self.max_size = require_int("max_size", max_size, minimum=MIN_IMAGE_SIZE)
         if not widths:

@@ -27,9 +27,7 @@ class TableTaskModel(TaskModel):
 
     type_name = "table"
 
-    def __init__(
-        self, text: Mapping[str, Any] | None = None, tabular: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, text: Mapping[str, Any] | None = None, tabular: Mapping[str, Any] | None = None) -> None:
         if text is None and tabular is None:
             raise ValueError("text, tabular: expected at least one part, got None for both")
         text_model = None if text is None else TextTaskModel(**_arguments("text", text))

@@ -110,9 +110,7 @@ class TextTaskModel(TaskModel):
         else:
             mask = torch.ones_like(input_ids, dtype=torch.bool)
         if self.max_positions is not None and length > self.max_positions:
-            raise ValueError(
-                f"input_ids: expected at most max_positions={self.max_positions} tokens, got {length}"
-            )
+            raise ValueError(f"input_ids: expected at most max_positions={self.max_positions} tokens, got {length}")
 
         kept = mask
         if self.training and self.token_dropout > 0.0 and length > 0:

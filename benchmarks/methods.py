@@ -1,0 +1,157 @@
+"""LEVI beside its own parts on real data: methods × seeds in one process, from one pass of the backbone.
+
+    python benchmarks/methods.py movielens --data DIR          # ratings.csv and movies.csv
+    python benchmarks/methods.py imdb --data DIR               # orig/{train,dev,test}.tsv and new/test.tsv
+
+Everything but the seed of training is what ``levi-fast train`` does by default; epoch and blend are chosen on ID
+validation data. Writes a JSON file with every figure, and prints means and standard deviations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from levi_fast import DEFAULT_BACKBONE, LeviConfig, __version__, load_backbone, load_tokenizer
+from levi_fast.data.tables import Columns
+from levi_fast.storage import write_atomic
+from levi_fast.training.fit import TrainingOptions
+from levi_fast.training.runs import METHODS, MethodResult, TapBank, run_method
+from levi_fast.training.tasks import MovieLensSplits, TableFiles, TableTask
+
+
+def load_task(name: str, data: Path, split: str) -> MovieLensSplits | TableTask:
+    """The named task, read from ``data``."""
+    if name == "movielens":
+        return MovieLensSplits.load(str(data), split, seed=0)
+    files = TableFiles(
+        str(data / "orig" / "train.tsv"),
+        str(data / "orig" / "dev.tsv"),
+        str(data / "orig" / "test.tsv"),
+        {"new": str(data / "new" / "test.tsv")},
+    )
+    return TableTask.load(files, Columns(text=("Text",), label="Sentiment"))
+
+
+def row(result: MethodResult, seed: int) -> dict[str, Any]:
+    """One run's figures."""
+    trained, _ = result.model.num_parameters_by_part()
+    return {
+        "method": result.method,
+        "seed": seed,
+        "id": result.id,
+        "ood": result.ood,
+        "blend": result.fit.blend,
+        "best_epoch": result.fit.best_epoch,
+        "validation": result.fit.validation,
+        "seconds": round(result.fit.seconds, 2),
+        "trained_parameters": trained,
+    }
+
+
+def summary(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, dict[str, float]]]:
+    """``summary[method][split]`` = mean and standard deviation of a metric over seeds."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for method in dict.fromkeys(r["method"] for r in rows):
+        own = [r for r in rows if r["method"] == method]
+        splits = {"id": [r["id"][metric] for r in own]}
+        splits.update({name: [r["ood"][name][metric] for r in own] for name in own[0]["ood"]})
+        table[method] = {
+            name: {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+            for name, values in splits.items()
+        }
+    return table
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "levi_fast": __version__,
+        "commit": commit,
+        "uncommitted_changes": any(not line.startswith("??") for line in dirty.splitlines()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("movielens", "imdb"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--split", choices=("genres", "years"), default="genres", help="movielens: what is held out")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/methods-TASK.json beside this file")
+    arguments = parser.parse_args()
+
+    transformers.utils.logging.disable_progress_bar()
+    console = Console()
+    task = load_task(arguments.task, arguments.data, arguments.split)
+    backbone, tokenizer = load_backbone(arguments.backbone), load_tokenizer(arguments.backbone)
+    splits = task.encode(tokenizer, max_length=None, backbone_config=backbone.config)
+    labels = task.processor.labels
+    assert labels is not None
+    config = LeviConfig(
+        backbone=arguments.backbone, task_model=task.task_model("auto", len(tokenizer)), **labels.config_fields()
+    )
+    started = time.perf_counter()
+    bank = TapBank.build(backbone, config, splits)
+    tap_seconds = time.perf_counter() - started
+    console.print(f"taps of {sum(len(d) for _, d in splits.named())} examples: {tap_seconds:.0f} s")
+
+    rows = []
+    for method in arguments.methods:
+        for seed in range(arguments.seeds):
+            result = run_method(method, config, splits, TrainingOptions(seed=seed), backbone=backbone, bank=bank)
+            rows.append(row(result, seed))
+            console.print(f"{method} seed {seed}: id {result.id} ood {result.ood} blend {result.fit.blend}")
+
+    metric = "rmse" if arguments.task == "movielens" else "accuracy"
+    means = summary(rows, metric)
+    name = f"methods-{arguments.task}" + (f"-{arguments.split}" if arguments.task == "movielens" else "")
+    output = arguments.output or Path(__file__).parent / "results" / f"{name}.json"
+    document = {
+        "task": arguments.task,
+        "split": arguments.split if arguments.task == "movielens" else "orig -> new",
+        "metric": metric,
+        "backbone": arguments.backbone,
+        "sizes": splits.sizes(),
+        "tap_seconds": round(tap_seconds, 1),
+        "options": {k: v for k, v in vars(TrainingOptions()).items() if k != "seed"},
+        "seeds": arguments.seeds,
+        "machine": machine(),
+        "summary": means,
+        "runs": rows,
+    }
+    write_atomic(output, json.dumps(document, indent=1) + "\n")
+    table = Table(title=f"{arguments.task}: {metric}, mean ± sd over {arguments.seeds} seeds")
+    columns = list(next(iter(means.values())))
+    table.add_column("method")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for method, cells in means.items():
+        table.add_row(method, *(f"{cells[c]['mean']:.4f} ± {cells[c]['sd']:.4f}" for c in columns))
+    console.print(table)
+    console.print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
