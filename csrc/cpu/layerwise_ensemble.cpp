@@ -16,6 +16,9 @@ const EnsembleKernels* ensemble_kernels(Isa isa, Dtype dtype) {
 #endif
 #if defined(LEVI_FAST_HAVE_AVX512)
     case Isa::kAvx512:
+      if (dtype == Dtype::kBFloat16 && __builtin_cpu_supports("avx512bf16")) {
+        return &kEnsembleAvx512Bf16;
+      }
       table = &kEnsembleAvx512;
       break;
 #endif

@@ -100,5 +100,6 @@ extern const EnsembleTable kEnsembleScalar;
 extern const EnsembleTable kEnsembleAvx2;
 extern const EnsembleTable kEnsembleAvx512;
 extern const EnsembleTable kEnsembleNeon;
+extern const EnsembleKernels kEnsembleAvx512Bf16;
 
 }  // namespace levi_fast

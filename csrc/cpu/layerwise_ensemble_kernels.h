@@ -7,6 +7,11 @@
 namespace levi_fast {
 namespace {
 
+template <class T>
+constexpr bool kDots = false;
+template <>
+constexpr bool kDots<bf16> = kPairs;
+
 // Rows padded to whole tiles, and then by one vector more: a power-of-two distance between rows would map a tile's rows
 // to the same few sets of the L1 cache.
 inline int64_t padded_width(int64_t n) { return round_up(n, 2 * kLanes) + kLanes; }
@@ -25,7 +30,8 @@ inline int64_t ensemble_scratch(const Ensemble& in, int64_t rows) {
   const int64_t first = padded_width(in.first), outputs = padded_width(in.outputs);
   const int64_t packing = packing_space(in.first > in.outputs ? in.first : in.outputs);
   const int64_t by_rows = rows * (padded_width(widest) + 2 * first + outputs) + packing;
-  const int64_t by_sums = kWeightRows * (kDepth + first) + 2 * outputs + packing;
+  const int64_t pairs = kDepth / 2 * (kWeightRows + first);
+  const int64_t by_sums = kWeightRows * (kDepth + first) + 2 * outputs + packing + pairs;
   return (by_rows > by_sums ? by_rows : by_sums) + 64;
 }
 
@@ -69,9 +75,9 @@ inline Moments moments(const T* row, int64_t n) {
   return {mean, 1.0f / __builtin_sqrtf(variance + kEpsilon)};
 }
 
-// to[0, padded n) = (row - mean) * scale, rounded to T as PyTorch's LayerNorm would return it; zeros behind.
-template <class T>
-inline void normalised(const T* row, int64_t n, Moments m, float* to, int64_t padded) {
+// to[0, n) = (row - mean) * scale; zeros behind, up to `padded`.
+template <class T, class To>
+inline void normalised(const T* row, int64_t n, Moments m, To* to, int64_t padded) {
   int64_t k = 0;
   for (; k < n; k += kLanes) {
     Vf value = (load_upto(row + k, n - k) - m.mean) * m.scale;
@@ -83,8 +89,8 @@ inline void normalised(const T* row, int64_t n, Moments m, float* to, int64_t pa
   }
 }
 
-template <class T>
-inline void norm_row(const Ensemble& in, const T* row, int64_t n, float* to, int64_t padded) {
+template <class T, class To>
+inline void norm_row(const Ensemble& in, const T* row, int64_t n, To* to, int64_t padded) {
   normalised(row, n, in.normalize ? moments(row, n) : Moments{0.0f, 1.0f}, to, padded);
 }
 
@@ -176,25 +182,45 @@ void forward_rows(const EnsembleForward& args, int64_t layer, int64_t begin, int
   const Ensemble& in = args.in;
   const int64_t rows = end - begin, width = in.widths[layer];
   const int64_t tap_row = padded_width(width), first = padded_width(in.first);
-  float* taps = scratch;
-  float* sums = taps + rows * tap_row;
+  const int64_t view_row = padded_width(in.view_width);
+  float* taps = scratch;  // and later the view's rows, where they are wanted narrower
+  float* sums = taps + rows * (tap_row > view_row ? tap_row : view_row);
   float* hidden = sums + rows * first;
   float* y = hidden + rows * first;
   float* packing = y + rows * padded_width(in.outputs);
-  for (int64_t b = begin; b < end; ++b) {
-    norm_row(in, static_cast<const T*>(in.taps[layer]) + b * in.tap_strides[layer], width,
-             taps + (b - begin) * tap_row, tap_row);
-  }
   const T* weight = static_cast<const T*>(in.tap_weight) + in.weight_rows[layer] * in.first;
-  product(taps, tap_row, 1, rows, weight, in.first, sums, first, in.first, width, false, packing);
+  const auto normalise = [&](auto* to) {
+    for (int64_t b = begin; b < end; ++b) {
+      norm_row(in, static_cast<const T*>(in.taps[layer]) + b * in.tap_strides[layer], width,
+               to + (b - begin) * tap_row, tap_row);
+    }
+  };
+  if constexpr (kDots<T>) {
+    normalise(reinterpret_cast<bf16*>(taps));
+    product_pairs(reinterpret_cast<const uint32_t*>(taps), tap_row / 2, rows, weight, in.first, sums, first, in.first,
+                  width, false, reinterpret_cast<uint32_t*>(packing));
+  } else {
+    normalise(taps);
+    product(taps, tap_row, 1, rows, weight, in.first, sums, first, in.first, width, false, packing);
+  }
   if (args.zeroed_view) {
     finish_rows<T>(args, 1, layer, begin, end, sums, hidden, y);
   }
   if (in.view != nullptr) {
-    const int64_t view_row = padded_width(in.view_width);
-    product(args.view_rows + begin * view_row, view_row, 1, rows,
-            static_cast<const T*>(in.view_weight) + layer * in.first, in.layers * in.first, sums, first, in.first,
-            in.view_width, true, packing);
+    const T* view_weight = static_cast<const T*>(in.view_weight) + layer * in.first;
+    const float* view = args.view_rows + begin * view_row;
+    if constexpr (kDots<T>) {
+      bf16* narrow_view = reinterpret_cast<bf16*>(taps);
+      for (int64_t i = 0; i < rows * view_row; i += kLanes) {
+        store(load(view + i), narrow_view + i);
+      }
+      product_pairs(reinterpret_cast<const uint32_t*>(narrow_view), view_row / 2, rows, view_weight,
+                    in.layers * in.first, sums, first, in.first, in.view_width, true,
+                    reinterpret_cast<uint32_t*>(packing));
+    } else {
+      product(view, view_row, 1, rows, view_weight, in.layers * in.first, sums, first, in.first, in.view_width, true,
+              packing);
+    }
   }
   finish_rows<T>(args, 0, layer, begin, end, sums, hidden, y);
 }
@@ -328,6 +354,30 @@ void weight_gradient(const Ensemble& in, Fill fill, int64_t begin, int64_t end, 
     }
   }
   const int64_t row_sums = direct ? row_out : padded;
+  if constexpr (kDots<T>) {  // both sides as pairs of neighbouring examples
+    uint32_t* pairs_left = reinterpret_cast<uint32_t*>(sums + kWeightRows * padded);
+    uint32_t* pairs_right = pairs_left + kDepth / 2 * kWeightRows;
+    const int64_t columns = round_up(n, kLanes);
+    for (int64_t b = 0; b < in.batch; b += kDepth) {
+      const int64_t count = smaller(kDepth, in.batch - b), pairs = (count + 1) / 2;
+      fill(b, count, left);
+      const auto pack = [&](const float* from, int64_t row, int64_t width, uint32_t* to) {
+        for (int64_t i = 0; i < pairs; ++i) {
+          const bool lone = 2 * i + 1 == count;
+          for (int64_t k = 0; k < width; k += kLanes) {
+            const float* even = from + 2 * i * row + k;
+            store_pairs(rounded_bits(load(even)), lone ? Vu{} : rounded_bits(load(even + row)), to + i * width + k);
+          }
+        }
+      };
+      pack(left, kWeightRows, kWeightRows, pairs_left);
+      pack(d + b * padded, padded, columns, pairs_right);
+      product_rows(static_cast<const uint32_t*>(pairs_left), 1, kWeightRows, rows,
+                   static_cast<const uint32_t*>(pairs_right), columns, sums, row_sums, columns, pairs, b > 0);
+    }
+    write_rows(sums, row_sums, rows, n, out, row_out);
+    return;
+  }
   for (int64_t b = 0; b < in.batch; b += kDepth) {
     const int64_t count = smaller(kDepth, in.batch - b);
     fill(b, count, left);
