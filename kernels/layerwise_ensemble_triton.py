@@ -1,4 +1,4 @@
-"""layerwise_ensemble on GPUs, forward: how ensemble_forward_kernels_triton.py's kernels are launched, and why this way.
+"""layerwise_ensemble on GPUs, forward: how the kernels of ensemble_forward_kernels_triton.py are launched, and why.
 
     before_l = norm(tap_l) W_l + norm(view) V_l + b_l        [B, K]   one launch for all layers
     y_l      = drop(act(before_l)) O_l + c_l                 [B, C]   one launch for all layers
