@@ -63,9 +63,7 @@ def test_image_errors() -> None:
     model = ImageTaskModel(widths=[8], view_width=4)
     with pytest.raises(ValueError, match="pixel_values: expected both sides >= 8, got 7 x 20"):
         model(torch.zeros(1, 3, 7, 20))
-    with pytest.raises(
-        ValueError, match=r"pixel_values: expected shape \[any, 3, any, any\], got \[1, 1, 8, 8\]"
-    ):
+    with pytest.raises(ValueError, match=r"pixel_values: expected shape \[any, 3, any, any\], got \[1, 1, 8, 8\]"):
         model(torch.zeros(1, 1, 8, 8))
 
 
