@@ -145,14 +145,15 @@ class ProductConfig:
             block_m = 32 if m <= 32 else 64
         else:
             block_m = 64 if m <= 64 or batches * ceil_div(m, 128) * ceil_div(n, 128) < traits.multiprocessors else 128
-        block_n = 64 if not wide or block_m < 128 else 128
+        # Rows that do not start on 32 bytes are read in small pieces, whose addresses take registers.
+        block_n = 64 if not wide or block_m < 128 or n % 16 or k % 16 else 128
         block_n = max(16, min(block_n, power_of_two(n)))
         # A step reads 64 elements of each row in 16-bit types: one full 128-byte line.
-        block_k = max(16, min(64 if wide else 16 if block_m == 64 else 32, power_of_two(k)))
+        block_k = max(16, min(64 if wide else 16, power_of_two(k)))
         programs = batches * ceil_div(m, block_m) * ceil_div(n, block_n)
         splits = _splits(programs, traits, ceil_div(k, block_k))
         big = block_m * block_n >= 128 * 128
-        stages = 2 if traits.hip else (3 if big or not wide else 4)
+        stages = 2 if traits.hip else (3 if big else 4)
         # More than 32 accumulators a thread (16 in fp32, whose operands pass through registers too) would spill.
         warps = 8 if block_m * block_n > (64 * 64 if wide else 32 * 64) else 4
         return cls(block_m, block_n, block_k, splits, 8, warps, stages)
