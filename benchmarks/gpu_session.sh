@@ -37,9 +37,13 @@ step() {
 step machine 30 "$PYTHON" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
 step build 180 "$PYTHON" -m pip install --disable-pip-version-check --no-input --no-index --no-build-isolation --no-deps -e .
 step report 30 "$PYTHON" -c 'import levi_fast.kernels as k; print(*k.backend_report().items(), sep="\n")'
-# The kernels against float64 first: a figure counts only where its kernel is right.
-step test_kernels 200 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow" tests/kernels/triton_cases.py \
+# The kernels against float64 first: a figure counts only where its kernel is right. Most of the time is compiling,
+# on as many cores as pytest-xdist can be given.
+PARALLEL=()
+"$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 12)
+step test_kernels 200 "$PYTHON" -m pytest -q -p no:cacheprovider "${PARALLEL[@]}" -m "not slow" tests/kernels/triton_cases.py \
   --junit-xml="$OUT/test_kernels.xml"
+# All other tests that need a GPU (exit status 5: there are none).
 step test_gpu 60 "$PYTHON" -m pytest -q -p no:cacheprovider -m "gpu and not slow" tests/kernels tests/core \
   --deselect tests/kernels/test_triton.py --junit-xml="$OUT/test_gpu.xml"
 step bench "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py --output "$OUT/bench.json" --budget $(($(left) - 60 > 20 ? $(left) - 60 : 20))

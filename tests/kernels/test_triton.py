@@ -63,7 +63,7 @@ def test_drawn_shapes_in_the_interpreter() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_on_the_gpu() -> None:
-    run_cases("slow or not slow", interpret=False)
+    run_cases("not slow", interpret=False)
 
 
 @pytest.mark.timeout(600)
