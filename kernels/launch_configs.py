@@ -135,14 +135,14 @@ class ProductConfig:
     ) -> ProductConfig:
         """Square-ish tiles where there is work for all processors, narrower and split ones where there is not.
 
-        fp32 products without tf32 run on the ordinary arithmetic units and keep their tiles in registers: 64 x 64 at
+        fp32 products without tf32 run on the ordinary arithmetic units and keep their tiles in registers: 32 x 64 at
         most, or they spill.
         """
         wide = itemsize <= 2
         if m <= 16:
             block_m = 16
         elif m <= 32 or not wide:
-            block_m = 32 if m <= 32 else 64
+            block_m = 32
         else:
             block_m = 64 if m <= 64 or batches * ceil_div(m, 128) * ceil_div(n, 128) < traits.multiprocessors else 128
         # Rows that do not start on 32 bytes are read in small pieces, whose addresses take registers.
@@ -154,8 +154,8 @@ class ProductConfig:
         splits = _splits(programs, traits, ceil_div(k, block_k))
         big = block_m * block_n >= 128 * 128
         stages = 2 if traits.hip else (3 if big else 4)
-        # More than 32 accumulators a thread (16 in fp32, whose operands pass through registers too) would spill.
-        warps = 8 if block_m * block_n > (64 * 64 if wide else 32 * 64) else 4
+        # More than 32 accumulators a thread (8 in fp32, whose operands pass through registers too) would spill.
+        warps = 8 if block_m * block_n > (64 * 64 if wide else 16 * 64) else 4
         return cls(block_m, block_n, block_k, splits, 8, warps, stages)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -140,15 +141,19 @@ def spills(compiled: Any, target: Target) -> int:
         # Scalar registers spill into lanes of vector ones, not into memory: they are not counted.
         found = dict(re.findall(r"\.(vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", compiled.asm["amdgcn"]))
         return 4 * int(found["vgpr_spill_count"]) + int(found["private_segment_fixed_size"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    usage = re.findall(r"STACK:(\d+).*?LOCAL:(\d+)", text)
-    if not usage:
-        raise RuntimeError(f"no resource usage in {text!r}")
-    return sum(int(stack) + int(local) for stack, local in usage)
+    # The compiler's own count. The stack that cuobjdump shows is no measure: it has kernels that spill nothing.
+    ptx = compiled.asm["ptx"]
+    (name,) = re.findall(r"\.target\s+(\w+)", ptx)
+    tool = get_ptxas(target.gpu.arch).path  # the one that Triton itself uses for this architecture
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name={name}", source, "-o", Path(folder) / "kernel.cubin"]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    if not found:
+        raise RuntimeError(f"no count of spills in {text!r}")
+    return sum(int(stores) + int(loads) for stores, loads in found)
 
 
 def cases(dtype: torch.dtype, size: str) -> Iterator[Callable[[], None]]:
