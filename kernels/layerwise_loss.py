@@ -1,7 +1,7 @@
 """layerwise_loss: the task's loss over all layers' predictions at once. Checks, eager twin, gradient and dispatch.
 
 Value and gradient are made in the same pass; the gradient is kept in fp32 (a half-precision one would lose small
-entries before a GradScaler could lift them). The native CPU kernel is csrc/layerwise_loss.cpp.
+entries before a GradScaler could lift them).
 """
 
 from __future__ import annotations
@@ -168,9 +168,7 @@ def _fallback_forward(layer_logits: Tensor, target: Tensor, problem: int, save: 
 
 
 def _cpp_unavailable(device: str) -> str | None:
-    if device != "cpu":
-        return f"the cpp kernels serve cpu, not {device}"
-    return native.load().reason or None
+    return "no C++ kernel of layerwise_loss is written yet; plain PyTorch serves it"
 
 
 def _register() -> None:
