@@ -12,7 +12,8 @@ TOTAL=${1:-570}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 STEPS=()
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# LEVI_FAST_TRITON: the kernels are off by default until a session like this one has passed.
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 LEVI_FAST_TRITON=1
 
 left() { echo $((TOTAL - SECONDS)); }
 

@@ -1,4 +1,7 @@
-"""Triton's place in the dispatch: every op on CUDA and ROCm, where Triton can be imported.
+"""Triton's place in the dispatch: every op on CUDA and ROCm, where Triton can be imported and is switched on.
+
+The kernels are checked in Triton's interpreter and compiled for four GPUs, but no GPU has run them yet. Until one has,
+they serve only where ``LEVI_FAST_TRITON=1`` asks for them; the eager twins serve GPUs otherwise.
 
 Each function here is an op as PyTorch's dispatcher calls it. It checks what the eager twin checks, hands tensors that
 the kernels do not take (float64, mixed dtypes) to that twin, and launches on the tensors' own device.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,12 +34,16 @@ from levi_fast.kernels.masked_mean_pool import _check_backward as check_pool_bac
 from levi_fast.kernels.masked_mean_pool import _check_forward as check_pool
 from levi_fast.kernels.registry import LIBRARY, Implementation
 
+SWITCH = "LEVI_FAST_TRITON"
+
 
 @functools.cache
 def _import_error() -> str | None:
     """Why the kernels cannot be imported, or None. Triton itself is imported on machines with a GPU alone."""
     if not torch.cuda.is_available():
         return "this PyTorch sees no GPU"
+    if os.environ.get(SWITCH) != "1":
+        return f"the triton kernels have not been run on a GPU yet; {SWITCH}=1, set before the import, turns them on"
     try:
         import triton  # noqa: F401
     except ImportError as error:

@@ -32,6 +32,7 @@ PACKAGES = (
 ENVIRONMENT_VARIABLES: dict[str, str] = {
     "LEVI_FAST_BACKEND": "Backend of every op: auto (default), cpp, triton, cuda, eager; one that cannot raises.",
     "LEVI_FAST_CPU_ISA": "Instruction set of the native CPU kernels: auto (default), scalar, avx2, avx512 or neon.",
+    "LEVI_FAST_TRITON": "1: serve GPUs by the Triton kernels, which no GPU has run yet; read at import.",
     "LEVI_FAST_DEBUG": "1: the command line shows the traceback of an error, and every warning.",
     "LEVI_FAST_NO_NATIVE": "When installing: 1 leaves out the native library (pure Python, nothing is compiled).",
     "CXX": "When installing: the C++ compiler.",
