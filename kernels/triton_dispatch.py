@@ -1,7 +1,7 @@
 """Triton's place in the dispatch: every op on CUDA and ROCm, where Triton can be imported and is switched on.
 
-The kernels are checked in Triton's interpreter and compiled for four GPUs, but no GPU has run them yet. Until one has,
-they serve only where ``LEVI_FAST_TRITON=1`` asks for them; the eager twins serve GPUs otherwise.
+The kernels are checked in Triton's interpreter and compiled for four GPUs, but no GPU has run them yet. Until one
+has, they serve only where ``LEVI_FAST_TRITON=1`` asks for them; the eager twins serve GPUs otherwise.
 
 Each function here is an op as PyTorch's dispatcher calls it. It checks what the eager twin checks, hands tensors that
 the kernels do not take (float64, mixed dtypes) to that twin, and launches on the tensors' own device.
