@@ -96,9 +96,10 @@ def main() -> None:
     parser.add_argument("task", choices=("movielens", "imdb"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--split", choices=("genres", "years"), default="genres", help="movielens: what is held out")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, choices=range(1, 101), metavar="N", default=5)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
+    parser.add_argument("--threads", type=int, help="while training the heads; default: as many as torch takes")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/methods-TASK.json beside this file")
     arguments = parser.parse_args()
 
@@ -117,18 +118,12 @@ def main() -> None:
     tap_seconds = time.perf_counter() - started
     console.print(f"taps of {sum(len(d) for _, d in splits.named())} examples: {tap_seconds:.0f} s")
 
-    rows = []
-    for method in arguments.methods:
-        for seed in range(arguments.seeds):
-            result = run_method(method, config, splits, TrainingOptions(seed=seed), backbone=backbone, bank=bank)
-            rows.append(row(result, seed))
-            console.print(f"{method} seed {seed}: id {result.id} ood {result.ood} blend {result.fit.blend}")
-
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     metric = "rmse" if arguments.task == "movielens" else "accuracy"
-    means = summary(rows, metric)
     name = f"methods-{arguments.task}" + (f"-{arguments.split}" if arguments.task == "movielens" else "")
     output = arguments.output or Path(__file__).parent / "results" / f"{name}.json"
-    document = {
+    about = {
         "task": arguments.task,
         "split": arguments.split if arguments.task == "movielens" else "orig -> new",
         "metric": metric,
@@ -136,12 +131,19 @@ def main() -> None:
         "sizes": splits.sizes(),
         "tap_seconds": round(tap_seconds, 1),
         "options": {k: v for k, v in vars(TrainingOptions()).items() if k != "seed"},
-        "seeds": arguments.seeds,
         "machine": machine(),
-        "summary": means,
-        "runs": rows,
     }
-    write_atomic(output, json.dumps(document, indent=1) + "\n")
+    means: dict[str, dict[str, dict[str, float]]] = {}
+    rows: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):  # the seed outermost: a run that is cut short has compared the methods fairly
+        for method in arguments.methods:
+            result = run_method(method, config, splits, TrainingOptions(seed=seed), backbone=backbone, bank=bank)
+            rows.append(row(result, seed))
+            console.print(f"{method} seed {seed}: id {result.id} ood {result.ood} blend {result.fit.blend}")
+        means = summary(rows, metric)
+        document = {**about, "seeds": seed + 1, "summary": means, "runs": rows}
+        write_atomic(output, json.dumps(document, indent=1) + "\n")
+
     table = Table(title=f"{arguments.task}: {metric}, mean ± sd over {arguments.seeds} seeds")
     columns = list(next(iter(means.values())))
     table.add_column("method")
