@@ -1,7 +1,8 @@
 """Synthetic reviews with a known trap: data for the demo and for tests, composed by this module, read from nowhere.
 
 Nothing here is real: not the reviews, not the products, not the agencies. Figures reached on it say how a method
-deals with the two shifts built in, and nothing about real reviews.
+deals with the two shifts built in, and nothing about real reviews. How many opinions a review voices was
+adjusted by hand, with the methods' figures in view, until the marker no longer drowned everything else.
 """
 
 from __future__ import annotations
