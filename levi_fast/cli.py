@@ -155,9 +155,17 @@ def train(
         ),
     ] = "auto",
     epochs: Annotated[
-        int, typer.Option(help="The best one on ID validation is kept.", rich_help_panel=TRAINING)
-    ] = 20,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.", rich_help_panel=TRAINING)] = 32,
+        int | None,
+        typer.Option(
+            help="The best one on ID validation is kept; 20, for movielens 12.",
+            show_default="20",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Rows per step; 32, for movielens 128.", show_default="32", rich_help_panel=TRAINING),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its peak.", rich_help_panel=TRAINING)] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.01,
     precompute: Annotated[
@@ -202,8 +210,10 @@ def train(
     from levi_fast.training.commands import TrainRequest
     from levi_fast.training.commands import train as run
     from levi_fast.training.fit import TrainingOptions
-    from levi_fast.training.tasks import TableFiles
+    from levi_fast.training.tasks import TASK_TRAINING, TableFiles
 
+    schedule = {**TASK_TRAINING.get(task_name or "", {})}
+    schedule.update({k: v for k, v in (("epochs", epochs), ("batch_size", batch_size)) if v is not None})
     request = TrainRequest(
         output=output,
         files=None if train_file is None else TableFiles(train_file, validation, test, oods),
@@ -221,13 +231,12 @@ def train(
         backbone_batch_size=backbone_batch_size,
         model=model_fields,
         options=TrainingOptions(
-            epochs=epochs,
-            batch_size=batch_size,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             seed=seed,
             blend=weight,
             device=device,
+            **schedule,
         ),
     )
     run(request, Console())
