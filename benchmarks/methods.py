@@ -3,9 +3,9 @@
     python benchmarks/methods.py movielens --data DIR          # ratings.csv and movies.csv
     python benchmarks/methods.py imdb --data DIR               # orig/{train,dev,test}.tsv and new/test.tsv
 
-Everything is what ``levi-fast train --seed N`` does by default (for MovieLens the seed also draws the split into users);
-epoch and blend are chosen on ID validation data. Writes a JSON file with every figure after each seed, and prints means
-and standard deviations.
+Everything is what ``levi-fast train --seed N`` does by default (for MovieLens the seed also draws the split into
+users); epoch and blend are chosen on ID validation data. Writes a JSON file with every figure after each seed, and
+prints means and standard deviations.
 """
 
 from __future__ import annotations

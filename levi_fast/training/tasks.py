@@ -27,8 +27,8 @@ from levi_fast.training.runs import Splits
 
 TASK_FILE = "levi_task.json"
 VALIDATION_FRACTION = 0.1
-# What a named task trains with where the user does not say. MovieLens: validation cannot tell 12 epochs of 128 rows from
-# TrainingOptions' own 20 of 32, and they take a fifth of the time.
+# What a named task trains with where the user does not say. MovieLens: validation cannot tell 12 epochs of 128 rows
+# from TrainingOptions' own 20 of 32, and they take a fifth of the time.
 TASK_TRAINING: dict[str, dict[str, int]] = {"movielens": {"epochs": 12, "batch_size": 128}}
 TASK_MODELS = ("auto", "text", "tabular", "table", "none")
 
