@@ -4,6 +4,9 @@
 # The torch to install; any requirement pip understands, for example TORCH_SPEC="torch==2.11.0".
 TORCH_SPEC ?= torch==2.13.0
 
+# Test processes side by side, one thread each.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -62,7 +65,7 @@ lint: $(STAMP)  ## ruff and mypy
 
 .PHONY: test
 test: lint  ## lint, types and all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 .PHONY: test-slow
 test-slow: $(STAMP)  ## the slow tests: wheels, fresh environments, training runs
