@@ -42,7 +42,7 @@ inline void add_rows(const T* const* rows, Ahead ahead, int64_t stride_d, int64_
   for_each_vector(W{}, 0, columns, [&](auto* tag, int64_t j) {
     using V = __typeof__(*tag + *tag);
     const int64_t offset = kUnitStride ? j : j * stride_d;
-    if constexpr (R == kGroupRows && V::kWidth > 1) {
+    if constexpr (V::kWidth > 1) {
       if (ahead != 0) {
         constexpr int kShare = R * V::kWidth * static_cast<int>(sizeof(T));
         const Ahead share = ahead + static_cast<Ahead>(R * j) * sizeof(T);
@@ -68,25 +68,42 @@ inline void add_rows(const T* const* rows, Ahead ahead, int64_t stride_d, int64_
   });
 }
 
+// Where the R rows lie that come kGroupsAhead groups after `done`: among the block's own, or past its end at `ahead`.
+// Every pass asks for as many rows as it adds, so none is left out, whatever the number of rows.
+template <int R, class T>
+inline Ahead rows_ahead(const T* const* rows, Ahead ahead, int done, int count, int64_t columns) {
+  const int first = done + kGroupsAhead * kGroupRows;
+  const int last = first + R - 1;
+  const Ahead row_bytes = static_cast<Ahead>(columns) * sizeof(T);
+  if (first >= count) {
+    return ahead == 0 ? 0 : ahead + static_cast<Ahead>(first - count) * row_bytes;
+  }
+  if (last < count) {
+    return rows[last] - rows[first] == (R - 1) * columns ? ahead_of(rows[first]) : 0;
+  }
+  for (int i = first; i <= last; ++i) {  // both: two regions, once per block, so not worth spreading over the pass
+    if (i < count || ahead != 0) {
+      const Ahead row = i < count ? ahead_of(rows[i]) : ahead + static_cast<Ahead>(i - count) * row_bytes;
+      for (Ahead byte = 0; byte < row_bytes; byte += kLineBytes) {
+        __builtin_prefetch(reinterpret_cast<const void*>(row + byte), 0, 2);
+      }
+    }
+  }
+  return 0;
+}
+
 template <int R, bool kUnitStride, class W, class T, class Acc>
 inline int add_group(const T* const* rows, Ahead ahead, int done, int count, int64_t stride_d, int64_t columns,
                      Acc* acc) {
   for (; done + R <= count; done += R) {
-    const T* const* group = rows + done;
     Ahead soon = 0;
-    if constexpr (R == kGroupRows && kUnitStride) {
-      constexpr int kDistance = kGroupsAhead * kGroupRows;
-      const int last = done + kDistance + kGroupRows - 1;
-      if (done + kDistance >= count) {
-        soon = ahead == 0 ? 0 : ahead + static_cast<Ahead>((done + kDistance - count) * columns) * sizeof(T);
-      } else if (last >= count || rows[last] - rows[last - kGroupRows + 1] == (kGroupRows - 1) * columns) {
-        soon = ahead_of(rows[done + kDistance]);
-      }
+    if constexpr (kUnitStride) {
+      soon = rows_ahead<R>(rows, ahead, done, count, columns);
     }
     if (done == 0) {
-      add_rows<R, true, kUnitStride, W>(group, soon, stride_d, columns, acc);
+      add_rows<R, true, kUnitStride, W>(rows, soon, stride_d, columns, acc);
     } else {
-      add_rows<R, false, kUnitStride, W>(group, soon, stride_d, columns, acc);
+      add_rows<R, false, kUnitStride, W>(rows + done, soon, stride_d, columns, acc);
     }
   }
   return done;
