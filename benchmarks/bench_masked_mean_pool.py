@@ -5,8 +5,8 @@
 How it is measured: one process; in every round each contender runs once, in a new order, on the same inputs; the
 figure is the median over rounds. "cold" rows rotate through inputs that together exceed any cache, "warm" rows use
 one input again and again (what a model's pooling sees: the hidden state was written a moment ago). The contender
-under test is compared with an fp64 result before it is timed. The fraction of read bandwidth is against a plain sum over
-as many bytes of the same tensors as the mask keeps, in the same rounds.
+under test is compared with an fp64 result before it is timed. The fraction of read bandwidth is against a plain sum
+over as many bytes of the same tensors as the mask keeps, in the same rounds.
 """
 
 from __future__ import annotations

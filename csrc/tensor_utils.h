@@ -107,22 +107,34 @@ inline std::string shape_text(std::initializer_list<int64_t> shape) {
   return shape_text(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()));
 }
 
-// An uninitialised contiguous CPU tensor with `like`'s dtype. Straight through the C shim: torch::stable::empty looks
-// the operator up by name at every call, which costs more than pooling a short sentence.
-template <std::size_t N>
-inline torch::stable::Tensor empty_like_dtype(const torch::stable::Tensor& like, const int64_t (&sizes)[N]) {
-  std::array<int64_t, N> strides;
+inline int32_t like_dtype(const torch::stable::Tensor& like) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return dtype;
+}
+
+// An uninitialised contiguous CPU tensor of a dtype in the C shim's numbering. Straight through that shim:
+// torch::stable::empty looks the operator up by name at every call, which costs more than pooling a short sentence.
+inline torch::stable::Tensor empty_of(int32_t dtype, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  constexpr std::size_t kMost = 8;  // dimensions; no result here has more than three
+  if (sizes.size() > kMost) {
+    fail("a result of " + std::to_string(sizes.size()) + " dimensions cannot be made");
+  }
+  std::array<int64_t, kMost> strides{};
   int64_t stride = 1;
-  for (std::size_t i = N; i-- > 0;) {
+  for (std::size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(N), sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
   return torch::stable::Tensor(handle);
+}
+
+inline torch::stable::Tensor empty_like_dtype(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty_of(like_dtype(like), torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
 }
 
 }  // namespace levi_fast

@@ -1,7 +1,7 @@
 """layerwise_loss: the task's loss over all layers' predictions at once. Checks, eager twin, gradient and dispatch.
 
 Value and gradient are made in the same pass; the gradient is kept in fp32 (a half-precision one would lose small
-entries before a GradScaler could lift them).
+entries before a GradScaler could lift them). The native CPU kernel is csrc/layerwise_loss.cpp.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def eager_forward(layer_logits: Tensor, target: Tensor, problem: int, save: bool
 
 
 def eager_backward(grad: Tensor, gradient: Tensor, like: Tensor) -> Tensor:
-    """The op ``levi_fast::layerwise_loss_backward``: scalar ``grad`` times the kept gradient, in ``like``'s dtype."""
+    """The op ``levi_fast::layerwise_loss_backward``: scalar ``grad`` times the kept gradient, in ``like``'s dtype.
+
+    ``like`` is the predictions: not read, but a second derivative must find the way to them and be refused.
+    """
     return (grad * gradient).to(like.dtype)
 
 
@@ -105,7 +108,7 @@ def _fake_backward(grad: Tensor, gradient: Tensor, like: Tensor) -> Tensor:
 
 
 def _op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], inputs[0].new_empty(0))
+    ctx.save_for_backward(output[1], inputs[0])
 
 
 def _op_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
@@ -119,7 +122,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer_logits: Tensor, target: Tensor, problem: int) -> Tensor:
         loss, gradient = _OP(layer_logits, target, problem, True)
-        ctx.save_for_backward(gradient, layer_logits.new_empty(0))
+        ctx.save_for_backward(gradient, layer_logits)
         return loss
 
     @staticmethod
@@ -168,7 +171,9 @@ def _fallback_forward(layer_logits: Tensor, target: Tensor, problem: int, save: 
 
 
 def _cpp_unavailable(device: str) -> str | None:
-    return "no C++ kernel of layerwise_loss is written yet; plain PyTorch serves it"
+    if device != "cpu":
+        return f"the cpp kernels serve cpu, not {device}"
+    return native.load().reason or None
 
 
 def _register() -> None:

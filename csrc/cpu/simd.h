@@ -23,6 +23,12 @@ typedef float Vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Vh __attribute__((vector_size(kLanes * 2)));
+typedef double Vd __attribute__((vector_size(kLanes * 8)));
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
 
 inline Vf splat(float value) { return Vf{} + value; }
 
@@ -52,7 +58,19 @@ inline Vf load(const f16* p) {
 #endif
 }
 
+// fp64 is read and written, never computed in: its users are content with fp32 arithmetic.
+inline Vf load(const double* p) {
+  Vd v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, Vf);
+}
+
 inline void store(Vf v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+inline void store(Vf v, double* p) {
+  const Vd wide = __builtin_convertvector(v, Vd);
+  __builtin_memcpy(p, &wide, sizeof(wide));
+}
 
 inline void store(Vf v, bf16* p) {
   const Vu bits = (Vu)v;
@@ -76,6 +94,16 @@ inline void store(Vf v, f16* p) {
 // The first `count` < kLanes elements, zeros behind them.
 template <class T>
 inline Vf load_part(const T* p, int64_t count) {
+#if defined(LEVI_FAST_ISA_AVX512)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
+  if constexpr (kSame<T, float>) {
+    return (Vf)_mm512_maskz_loadu_ps(mask, p);
+  } else if constexpr (kSame<T, bf16>) {
+    return (Vf)(__builtin_convertvector((Vh)_mm256_maskz_loadu_epi16(mask, p), Vu) << 16);
+  } else if constexpr (kSame<T, f16>) {
+    return (Vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
+  }
+#endif
   T padded[kLanes] = {};
   __builtin_memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
   return load(padded);
@@ -85,6 +113,16 @@ template <class T>
 inline void store_part(Vf v, T* p, int64_t count) {
   T padded[kLanes];
   store(v, padded);
+#if defined(LEVI_FAST_ISA_AVX512)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
+  if constexpr (kSame<T, float>) {
+    _mm512_mask_storeu_ps(p, mask, (__m512)v);
+    return;
+  } else if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded)));
+    return;
+  }
+#endif
   __builtin_memcpy(p, padded, static_cast<size_t>(count) * sizeof(T));
 }
 
@@ -102,14 +140,17 @@ inline void store_upto(Vf v, T* p, int64_t left) {
   }
 }
 
-// All ones in the lanes below `left`.
-inline Vi lanes_below(int64_t left) {
+inline Vi lane_numbers() {
   Vi index;
   for (int i = 0; i < kLanes; ++i) {
     index[i] = i;
   }
-  return index < static_cast<int32_t>(left < kLanes ? left : kLanes);
+  return index;
 }
+
+// All ones in the lanes below `left`, and in lane `at` alone.
+inline Vi lanes_below(int64_t left) { return lane_numbers() < static_cast<int32_t>(left < kLanes ? left : kLanes); }
+inline Vi lanes_at(int64_t at) { return lane_numbers() == static_cast<int32_t>(at); }
 
 inline float sum(Vf v) {
 #if defined(LEVI_FAST_ISA_AVX512)
@@ -125,6 +166,18 @@ inline float sum(Vf v) {
   return _mm_cvtss_f32(_mm_add_ss(x4, _mm_shuffle_ps(x4, x4, 1)));
 #else
   return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+inline float maximum(Vf v) {
+#if defined(LEVI_FAST_ISA_AVX512)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) {
+    most = v[i] > most ? v[i] : most;
+  }
+  return most;
 #endif
 }
 
@@ -152,6 +205,18 @@ inline Vf vexp(Vf x) {
   const Vi half = power >> 1;
   const Vf first = (Vf)((half + 127) << 23), second = (Vf)((power - half + 127) << 23);
   return x == x ? (p * first) * second : x;
+}
+
+// log(1 + u) for u in [0, 1], to about 2 ulp: 2 atanh(u / (2 + u)), so that a small u keeps its digits.
+inline Vf vlog1p(Vf u) {
+  const Vf s = u / (2.0f + u);
+  const Vf z = s * s;
+  Vf p = splat(2.817833424e-01f);
+  p = p * z + 2.796060145e-01f;
+  p = p * z + 4.002490938e-01f;
+  p = p * z + 6.666631699e-01f;
+  p = p * z + 2.0f;
+  return p * s;
 }
 
 // erf(x): x + x P(x^2) near zero; 1 - e^(t Q(t)), t = |x|, farther out.
