@@ -309,15 +309,16 @@ class LeviModel(PreTrainedModel):
             return taps.view(-1, len(widths), widths[0]).transpose(0, 1)
         return list(taps.split(widths, dim=1))
 
-    def _refuse_unknown(self, given: dict[str, Any]) -> None:
-        if self._task_takes_all:
-            return
-        known = self._task_inputs | (self.extractor.input_names if self.extractor is not None else frozenset())
+    def reads(self, name: str) -> bool:
+        """Whether the backbone or the task model takes an input of this name; any other is refused."""
         # Without a backbone its inputs may still be in the batch; a tokenizer makes these three whatever is asked.
-        known |= {"input_ids", "attention_mask", "token_type_ids"}
-        if self.extractor is None:
-            known |= {"pixel_values"}
-        unknown = sorted(set(given) - known)
+        if self._task_takes_all or name in ("input_ids", "attention_mask", "token_type_ids"):
+            return True
+        in_backbone = name == "pixel_values" if self.extractor is None else name in self.extractor.input_names
+        return in_backbone or name in self._task_inputs
+
+    def _refuse_unknown(self, given: dict[str, Any]) -> None:
+        unknown = sorted(name for name in given if not self.reads(name))
         if unknown:
             raise ValueError(f"inputs: neither the backbone nor the task model takes {unknown}")
 

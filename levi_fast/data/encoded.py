@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             self.token_ids = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int32), *parts]))
         self._taps: Tensor | None = None
         self._tap_rows: Tensor | None = None
+        self._wanted: Callable[[str], bool] | None = None
         sizes = {key: len(value) for key, value in self.features.items()}
         if token_ids is not None:
             sizes["token_ids"] = len(token_ids)
@@ -91,6 +93,18 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         if self._taps is None:
             raise ValueError(f"{self.name}: no taps are attached")
         return self._taps if self._tap_rows is None else self._taps[self._tap_rows]
+
+    @contextlib.contextmanager
+    def only(self, wanted: Callable[[str], bool]) -> Iterator[None]:
+        """Inside the ``with`` block, batches carry only those further inputs whose name ``wanted`` accepts.
+
+        A baseline without the task model reads the same rows as LEVI, but has no use for what only that reads.
+        """
+        previous, self._wanted = self._wanted, wanted
+        try:
+            yield
+        finally:
+            self._wanted = previous
 
     def unique_texts(self) -> tuple[list[int], Tensor]:
         """Rows that show a text for the first time, and for every row which of those it equals, ``[N]`` int64."""
@@ -128,7 +142,7 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             batch.update(self.tokens(rows))
         if self._taps is not None:
             batch["taps"] = self._taps[rows if self._tap_rows is None else self._tap_rows[rows]]
-        batch.update({key: value[rows] for key, value in self.features.items()})
+        batch.update({key: v[rows] for key, v in self.features.items() if self._wanted is None or self._wanted(key)})
         if self.labels is not None:
             batch["labels"] = self.labels[rows]
         return batch

@@ -142,7 +142,8 @@ def fit(
     if train.has_taps and validation.has_taps:
         model.backbone = None
     try:
-        _train(model, train, validation, options, score, keeper)
+        with train.only(model.reads), validation.only(model.reads):
+            _train(model, train, validation, options, score, keeper)
     finally:
         model.backbone = backbone
     if keeper.best is None:

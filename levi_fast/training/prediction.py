@@ -53,7 +53,7 @@ def predict(
         device = next(model.parameters()).device
         logits: list[np.ndarray] = []
         without_view: list[np.ndarray] = []
-        with torch.no_grad():
+        with torch.no_grad(), dataset.only(model.reads):
             for batch in dataset.batches(EVALUATION_BATCH_SIZE):
                 batch.pop("labels", None)
                 output = model(**{name: value.to(device) for name, value in batch.items()})

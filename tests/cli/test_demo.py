@@ -76,9 +76,11 @@ def test_without_the_weights_it_says_what_to_install(levi_fast: Run, monkeypatch
 
 
 @needs_minilm
+@pytest.mark.parametrize("method", ["levi", "linear-probe", "taps-only", "task-model"])
 def test_movielens_through_the_command_line(
-    levi_fast: Run, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    levi_fast: Run, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
+    """Every method: those without a task model have no use for the histories that the rows bring along."""
     import levi_fast.data.movielens as module
 
     if not (shared_data / "movielens-small" / "ratings.csv").is_file():
@@ -92,19 +94,8 @@ def test_movielens_through_the_command_line(
     folder = str(tmp_path / "model")
     data = str(shared_data / "movielens-small")
     status, out, err = levi_fast(
-        *(
-            "train",
-            "--task-name",
-            "movielens",
-            "--data",
-            data,
-            "--split",
-            "years",
-            "--epochs",
-            "2",
-            "--output",
-            folder,
-        )
+        *("train", "--task-name", "movielens", "--data", data, "--split", "years", "--method", method),
+        *("--epochs", "2", "--output", folder),
     )
     assert status == 0, err
     assert "OOD later_years" in out and "RMSE" in out
