@@ -132,6 +132,7 @@ def main() -> None:
     metric = "rmse" if arguments.task == "movielens" else "accuracy"
     name = f"methods-{arguments.task}" + (f"-{arguments.split}" if arguments.task == "movielens" else "")
     output = arguments.output or Path(__file__).parent / "results" / f"{name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     schedule = TASK_TRAINING.get(arguments.task, {})
     backbone, tokenizer = load_backbone(arguments.backbone), load_tokenizer(arguments.backbone)
     rows: list[dict[str, Any]] = []
