@@ -176,6 +176,14 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = True,
+    loop: Annotated[
+        str,
+        typer.Option(
+            help="trainer (transformers' Trainer), lean (same results on precomputed taps, faster), or auto: lean "
+            "wherever it serves.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=TRAINING)] = 0,
     backbone_batch_size: BackboneBatchOption = 32,
     device: DeviceOption = "auto",
@@ -229,6 +237,7 @@ def train(
         max_length=max_length,
         precompute=precompute,
         backbone_batch_size=backbone_batch_size,
+        loop=loop,
         model=model_fields,
         options=TrainingOptions(
             learning_rate=learning_rate,

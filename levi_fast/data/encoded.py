@@ -94,6 +94,19 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             raise ValueError(f"{self.name}: no taps are attached")
         return self._taps if self._tap_rows is None else self._taps[self._tap_rows]
 
+    def tap_source(self) -> Any:
+        """What taps are gathered from, ``[U, sum of tap widths]``: a tensor, or a cache's taps; None without taps."""
+        return self._taps
+
+    @contextlib.contextmanager
+    def taps_from(self, source: Any) -> Iterator[None]:
+        """Inside the ``with`` block, gather the same taps from ``source``: those of :meth:`tap_source` elsewhere."""
+        previous, self._taps = self._taps, source
+        try:
+            yield
+        finally:
+            self._taps = previous
+
     @contextlib.contextmanager
     def only(self, wanted: Callable[[str], bool]) -> Iterator[None]:
         """Inside the ``with`` block, batches carry only those further inputs whose name ``wanted`` accepts.
@@ -135,7 +148,7 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         ids = self.token_ids[where].to(torch.int64).masked_fill_(~mask, self.pad_token_id)
         return {"input_ids": ids, "attention_mask": mask.to(torch.int64)}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
         rows = torch.as_tensor(indices, dtype=torch.int64)
         batch = {}
         if self._taps is None or self._keep_tokens:

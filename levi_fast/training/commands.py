@@ -22,7 +22,7 @@ from levi_fast.report.console import Console
 from levi_fast.report.metrics_file import METRICS_FILE, versions, write_metrics
 from levi_fast.report.tables import split_table
 from levi_fast.storage import write_atomic
-from levi_fast.training.fit import TrainingOptions, resolve_device
+from levi_fast.training.fit import TrainingOptions, check_loop, resolve_device
 from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.prediction import predict, readable_predictions
 from levi_fast.training.runs import METHODS, MethodResult, Splits, TapBank, method_config, move, run_method, score
@@ -49,6 +49,7 @@ class TrainRequest:
     max_length: int | None = None
     precompute: bool = True
     backbone_batch_size: int = 32
+    loop: str = "auto"
     model: Mapping[str, Any] = field(default_factory=dict)  # LeviConfig fields
     options: TrainingOptions = field(default_factory=TrainingOptions)
 
@@ -221,6 +222,7 @@ def _load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         raise DataError(f"--method: expected one of {', '.join(METHODS)}, got {request.method!r}")
     if request.method == "linear-probe" and "taps" in request.model:
         raise DataError("--taps: the linear probe reads the last layer; use --method taps-only for other layers")
+    check_loop(request.loop, request.method != "task-model" and not request.precompute)
     if request.backbone_batch_size < 1:
         raise DataError(f"--backbone-batch-size: expected at least 1, got {request.backbone_batch_size}")
     if request.task_name is not None:
@@ -272,6 +274,7 @@ def _run(request: TrainRequest, config: LeviConfig, splits: Splits, backbone: An
                 backbone=backbone,
                 bank=bank,
                 backbone_batch_size=request.backbone_batch_size,
+                loop=request.loop,
                 on_epoch=on_epoch,
             )
     except ValueError as error:  # a tap out of range, a backbone without layers, a training that diverged

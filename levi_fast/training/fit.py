@@ -1,11 +1,10 @@
-"""Training through transformers' ``Trainer``; the epoch and the blend are chosen on ID validation data alone."""
+"""Training by Trainer or the lean loop; the epoch and the blend are chosen on ID validation data alone."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,11 @@ from transformers import (
 from levi_fast.data.encoded import EncodedDataset, collate
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel
-from levi_fast.training.metrics import best_blend, blend_logits, compute_metrics, selection_key
+from levi_fast.training.best_epoch import BestEpoch, EpochProgress, FitResult
+from levi_fast.training.lean import train_lean
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 
-# Called after every epoch with (epoch, epochs, validation scores).
-EpochProgress = Callable[[int, int, dict[str, float]], None]
+LOOPS = ("auto", "trainer", "lean")
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,6 @@ class TrainingOptions:
         resolve_device(self.device)
 
 
-@dataclass
-class FitResult:
-    """What training chose: the epoch (from 1), the blend, their validation scores, and every epoch's scores."""
-
-    best_epoch: int
-    blend: float
-    validation: dict[str, float]
-    history: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-
-
 def resolve_device(device: str) -> torch.device:
     """The torch device behind ``auto``, ``cpu`` or ``cuda``.
 
@@ -105,6 +93,7 @@ def fit(
     validation: EncodedDataset,
     options: TrainingOptions,
     *,
+    loop: str = "auto",
     on_epoch: EpochProgress | None = None,
 ) -> FitResult:
     """Train a model in place; it ends in eval mode with the best epoch's weights and ``config.blend`` set.
@@ -114,101 +103,81 @@ def fit(
         train: encoded rows with labels, with taps attached unless the backbone is to run in every epoch.
         validation: the same of ID validation data.
         options: see :class:`TrainingOptions`.
+        loop: ``"trainer"``: transformers' Trainer; ``"lean"``: the loop for attached taps, see
+            :mod:`levi_fast.training.lean`, with the same results; ``"auto"``: lean wherever the backbone is not run.
         on_epoch: called after every epoch.
 
     Raises:
+        DataError: for an unknown loop, or the lean one where the backbone is to run.
         ValueError: when no epoch gave finite predictions.
     """
     started = time.perf_counter()
-    problem_type = str(model.config.problem_type)
-    set_seed(options.seed)
-    model.config.blend = 0.0  # logits are those with the view; compute_metrics does the blending
-    keeper = _KeepBest(problem_type, options.epochs, on_epoch)
-
-    def score(prediction: EvalPrediction) -> dict[str, float]:
-        logits, without_view = _logits_of(prediction.predictions)
-        if not np.isfinite(logits).all():
-            return {"diverged": 1.0}
-        labels = np.asarray(prediction.label_ids)
-        if options.blend is None:
-            blend, scores = best_blend(logits, without_view, labels, problem_type)
-        else:
-            blend = options.blend if without_view is not None else 0.0
-            scores = compute_metrics(blend_logits(logits, without_view, blend), labels, problem_type)
-        return {**scores, "blend": blend}
-
-    # Trainer walks over all modules several times a step; with the taps attached, the backbone's need not be there.
     backbone = model.backbone
-    if train.has_taps and validation.has_taps:
+    runs_backbone = model.extractor is not None and not (train.has_taps and validation.has_taps)
+    check_loop(loop, runs_backbone)
+    set_seed(options.seed)
+    model.config.blend = 0.0  # logits are those with the view; scoring does the blending
+    best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, on_epoch)
+    # Trainer walks over all modules several times a step; with the taps attached, the backbone's need not be there.
+    if not runs_backbone:
         model.backbone = None
     try:
-        with train.only(model.reads), validation.only(model.reads):
-            _train(model, train, validation, options, score, keeper)
+        # Trainer wants a folder; nothing is kept there, because the best weights stay in memory (they are small).
+        with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
+            arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // options.batch_size))
+            run = train_with_trainer if runs_backbone or loop == "trainer" else train_lean
+            run(model, train, validation, arguments, best)
     finally:
         model.backbone = backbone
-    if keeper.best is None:
-        raise ValueError("training diverged: no epoch gave finite predictions; lower --learning-rate")
-    model.load_state_dict(keeper.weights)
-    model.config.blend = keeper.best.blend
-    model.eval()
-    keeper.best.history = keeper.history
-    keeper.best.seconds = time.perf_counter() - started
-    return keeper.best
+    return best.restore(model, time.perf_counter() - started)
 
 
-def _train(
+def check_loop(loop: str, runs_backbone: bool) -> None:
+    """Raise DataError unless ``loop`` is known and can serve."""
+    if loop not in LOOPS:
+        raise DataError(f"--loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
+    if loop == "lean" and runs_backbone:
+        raise DataError("--loop lean: trains on precomputed taps, but here the backbone runs in every epoch")
+
+
+def train_with_trainer(
     model: LeviModel,
     train: EncodedDataset,
     validation: EncodedDataset,
-    options: TrainingOptions,
-    score: Callable[[EvalPrediction], dict[str, float]],
-    keeper: _KeepBest,
+    arguments: TrainingArguments,
+    best: BestEpoch,
 ) -> None:
-    # Trainer wants a folder; nothing is kept there, because the best weights stay in memory (they are small).
-    with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
-        trainer = Trainer(
-            model=model,
-            args=_arguments(folder, options, num_steps=options.epochs * -(-len(train) // options.batch_size)),
-            data_collator=collate,
-            train_dataset=train,
-            eval_dataset=validation,
-            compute_metrics=score,
-            callbacks=[keeper],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        trainer.train(ignore_keys_for_eval=["layer_logits", "logits_with_view"])
+    """Train a model in place through transformers' Trainer, scoring every epoch."""
+
+    def score(prediction: EvalPrediction) -> dict[str, float]:
+        return best.score(*_logits_of(prediction.predictions), np.asarray(prediction.label_ids))
+
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=train,
+        eval_dataset=validation,
+        compute_metrics=score,
+        callbacks=[_Recorder(best)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train(ignore_keys_for_eval=["layer_logits", "logits_with_view"])
 
 
-class _KeepBest(TrainerCallback):
-    """Keeps the scores of every epoch and a copy of the best one's trained weights."""
+class _Recorder(TrainerCallback):
+    """Hands every epoch's scores to a :class:`BestEpoch`."""
 
-    def __init__(self, problem_type: str, epochs: int, on_epoch: EpochProgress | None) -> None:
-        self.problem_type = problem_type
-        self.epochs = epochs
-        self.on_epoch = on_epoch
-        self.best: FitResult | None = None
-        self.weights: dict[str, torch.Tensor] = {}
-        self.history: list[dict[str, float]] = []
+    def __init__(self, best: BestEpoch) -> None:
+        self.best = best
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         reported: dict[str, Any] = kwargs["metrics"]
         own = {name.removeprefix("eval_"): value for name, value in reported.items()}
         dropped = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
         scores = {name: float(value) for name, value in own.items() if name not in dropped}
-        self.history.append(scores)
-        epoch = len(self.history)
-        if "diverged" not in scores and self._is_better(scores):
-            best = {name: value for name, value in scores.items() if name != "blend"}
-            self.best = FitResult(best_epoch=epoch, blend=scores["blend"], validation=best)
-            self.weights = {name: value.detach().clone() for name, value in kwargs["model"].state_dict().items()}
-        if self.on_epoch is not None:
-            self.on_epoch(epoch, self.epochs, scores)
-
-    def _is_better(self, scores: dict[str, float]) -> bool:
-        if self.best is None:
-            return True
-        return selection_key(scores, self.problem_type) > selection_key(self.best.validation, self.problem_type)
+        self.best.record(scores, kwargs["model"])
 
 
 def _arguments(folder: str, options: TrainingOptions, num_steps: int) -> TrainingArguments:

@@ -14,8 +14,9 @@ from levi_fast.config import LeviConfig
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel, get_levi_model
+from levi_fast.training.best_epoch import EpochProgress, FitResult
 from levi_fast.training.features import precompute_unique_taps, slice_taps
-from levi_fast.training.fit import EpochProgress, FitResult, TrainingOptions, fit, resolve_device
+from levi_fast.training.fit import TrainingOptions, fit, resolve_device
 from levi_fast.training.metrics import compute_metrics
 from levi_fast.training.prediction import predict
 
@@ -157,6 +158,7 @@ def run_method(
     backbone: nn.Module | None,
     bank: TapBank | None,
     backbone_batch_size: int = 32,
+    loop: str = "auto",
     on_epoch: EpochProgress | None = None,
 ) -> MethodResult:
     """Train one method and score it.
@@ -169,10 +171,11 @@ def run_method(
         backbone: frozen; None for ``task-model``.
         bank: precomputed taps; None runs the backbone in every epoch.
         backbone_batch_size: texts per forward pass of the backbone where it runs for predictions.
+        loop: see :func:`levi_fast.training.fit.fit`.
         on_epoch: progress.
 
     Raises:
-        DataError: see :func:`method_config`.
+        DataError: see :func:`method_config` and ``fit``.
         ValueError: the taps cannot be found, or training diverged.
     """
     set_seed(options.seed)  # before the model is built: its initial weights come from the seed
@@ -181,7 +184,7 @@ def run_method(
         bank.attach(model, splits)
     try:
         move(model, resolve_device(options.device))
-        result = fit(model, splits.train, splits.validation, options, on_epoch=on_epoch)
+        result = fit(model, splits.train, splits.validation, options, loop=loop, on_epoch=on_epoch)
         scored_id = splits.validation if splits.test is None else splits.test
         id_metrics = score(model, scored_id, backbone_batch_size)
         ood = {name: score(model, dataset, backbone_batch_size) for name, dataset in splits.ood.items()}

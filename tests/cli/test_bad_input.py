@@ -167,6 +167,8 @@ class TestArguments:
             (["--task-name", "movielens"], "--task-name brings its own data"),
             (["--data", "x"], "--data: only with --task-name"),
             (["--backbone", "./nowhere"], "'./nowhere'"),
+            (["--loop", "fast"], "--loop: expected one of auto, trainer, lean, got 'fast'"),
+            (["--loop", "lean", "--no-precompute"], "--loop lean: trains on precomputed taps"),
         ],
     )
     def test_refused_with_the_reason(

@@ -72,6 +72,15 @@ class TestTrain:
         weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
         assert weights["a"] == weights["b"] != weights["c"]
 
+    def test_both_loops_give_the_same_bits(self, levi_fast: Run, train_arguments: list[str], tmp_path: Path) -> None:
+        for loop in ("trainer", "lean"):
+            status, _, err = levi_fast(*train_arguments, "--loop", loop, "--output", str(tmp_path / loop))
+            assert status == 0, err
+        one, other = metrics(tmp_path / "trainer"), metrics(tmp_path / "lean")
+        assert (one["id"], one["ood"], one["best_epoch"]) == (other["id"], other["ood"], other["best_epoch"])
+        weights = [(tmp_path / loop / "model.safetensors").read_bytes() for loop in ("trainer", "lean")]
+        assert weights[0] == weights[1]
+
     @pytest.mark.parametrize("method", ["linear-probe", "taps-only", "task-model"])
     def test_baselines(self, levi_fast: Run, train_arguments: list[str], tmp_path: Path, method: str) -> None:
         status, _out, err = levi_fast(*train_arguments, "--method", method)

@@ -1,0 +1,84 @@
+"""Which epoch is kept: validation predictions are scored after each, and the best one's weights stay in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from levi_fast.modeling import LeviModel
+from levi_fast.training.metrics import best_blend, blend_logits, compute_metrics, selection_key
+
+# Called after every epoch with (epoch, epochs, validation scores).
+EpochProgress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass
+class FitResult:
+    """What training chose: the epoch (from 1), the blend, their validation scores, and every epoch's scores."""
+
+    best_epoch: int
+    blend: float
+    validation: dict[str, float]
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class BestEpoch:
+    """Scores of every epoch, and a copy of the best one's trained weights.
+
+    Args:
+        problem_type: transformers' name of the kind of problem.
+        epochs: how many there will be.
+        blend: weight of the prediction with the view zeroed; None chooses it anew for every epoch.
+        on_epoch: progress.
+    """
+
+    def __init__(self, problem_type: str, epochs: int, blend: float | None, on_epoch: EpochProgress | None) -> None:
+        self.problem_type, self.epochs, self.blend, self.on_epoch = problem_type, epochs, blend, on_epoch
+        self.best: FitResult | None = None
+        self.weights: dict[str, torch.Tensor] = {}
+        self.history: list[dict[str, float]] = []
+
+    def score(self, logits: np.ndarray, without_view: np.ndarray | None, labels: np.ndarray) -> dict[str, float]:
+        """Metrics of validation predictions ``[N, C]`` and the blend they are of; ``{"diverged": 1}`` for NaN."""
+        if not np.isfinite(logits).all():
+            return {"diverged": 1.0}
+        if self.blend is None:
+            blend, scores = best_blend(logits, without_view, labels, self.problem_type)
+        else:
+            blend = self.blend if without_view is not None else 0.0
+            scores = compute_metrics(blend_logits(logits, without_view, blend), labels, self.problem_type)
+        return {**scores, "blend": blend}
+
+    def record(self, scores: dict[str, float], model: LeviModel) -> None:
+        """Take in an epoch's scores; copies the model's trained weights where it is the best so far."""
+        self.history.append(scores)
+        epoch = len(self.history)
+        if "diverged" not in scores and self._is_better(scores):
+            best = {name: value for name, value in scores.items() if name != "blend"}
+            self.best = FitResult(best_epoch=epoch, blend=scores["blend"], validation=best)
+            self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        if self.on_epoch is not None:
+            self.on_epoch(epoch, self.epochs, scores)
+
+    def restore(self, model: LeviModel, seconds: float) -> FitResult:
+        """Give the model the best epoch's weights and blend, in eval mode.
+
+        Raises:
+            ValueError: when no epoch gave finite predictions.
+        """
+        if self.best is None:
+            raise ValueError("training diverged: no epoch gave finite predictions; lower --learning-rate")
+        model.load_state_dict(self.weights)
+        model.config.blend = self.best.blend
+        model.eval()
+        self.best.history, self.best.seconds = self.history, seconds
+        return self.best
+
+    def _is_better(self, scores: dict[str, float]) -> bool:
+        if self.best is None:
+            return True
+        return selection_key(scores, self.problem_type) > selection_key(self.best.validation, self.problem_type)
