@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from levi_fast.errors import DataError
 from levi_fast.layers import stack_path
+from levi_fast.quantization import quantize_int8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,8 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
     Args:
         name: a folder, or a hub id ("sentence-transformers/all-MiniLM-L6-v2" comes from the packaged copy where
             that is installed).
-        dtype: of the weights; None keeps the checkpoint's.
+        dtype: of the weights, a torch dtype or its name; "int8" quantises the linear layers, see
+            :mod:`levi_fast.quantization`; None keeps the checkpoint's.
         trust_remote_code: run code that the checkpoint carries; never unless asked for.
 
     Raises:
@@ -67,7 +69,8 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
     """
     from transformers import AutoModel
 
-    arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    loaded_as = torch.float32 if dtype == "int8" else dtype
+    arguments: dict[str, Any] = {} if loaded_as is None else {"dtype": loaded_as}
     try:
         backbone: nn.Module = AutoModel.from_pretrained(
             resolve_backbone(name), trust_remote_code=trust_remote_code, **arguments
@@ -76,7 +79,7 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
         if isinstance(error, DataError):
             raise
         raise DataError(f"backbone: {name!r} cannot be loaded: {_first_line(error)}") from error
-    return backbone.eval()
+    return quantize_int8(backbone) if dtype == "int8" else backbone.eval()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -118,7 +121,8 @@ def fingerprint(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: int)
     It covers every parameter and persistent buffer of the backbone except the layers above ``last_tap`` and what
     is registered after the stack of layers (pooler, final norm, head): the taps do not see those, and a head
     that a checkpoint lacks is filled at random on each load. Names do not enter it, so that a renamed module in
-    a later transformers release changes nothing; the weights' dtype does.
+    a later transformers release changes nothing; the weights' dtype does. Of a quantised backbone it covers the int8
+    weights, their scales and the biases: what training saw, not the checkpoint they were made from.
 
     Args:
         backbone: the module that holds ``layers``.
@@ -130,14 +134,20 @@ def fingerprint(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: int)
     """
     skipped = _prefixes_after(backbone, layers, last_tap)
     tensors: dict[int, Tensor] = {}  # by identity: tied weights count once
-    for name, tensor in backbone.state_dict(keep_vars=True).items():
+    for name, value in backbone.state_dict(keep_vars=True).items():
         if not name.startswith(skipped):
-            tensors.setdefault(id(tensor), tensor)
+            tensors.update((id(tensor), tensor) for tensor in _tensors_of(value))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
         digests = sorted(pool.map(_tensor_digest, tensors.values()))
     total = hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
     kind = getattr(getattr(backbone, "config", None), "model_type", type(backbone).__name__)
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+    dtypes = sorted(
+        {
+            str(t.dtype).removeprefix("torch.")
+            for t in tensors.values()
+            if t.is_floating_point() or t.dtype == torch.int8
+        }
+    )
     return f"{kind}:{'+'.join(dtypes)}:{total}"
 
 
@@ -153,6 +163,20 @@ def _prefixes_after(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: 
     above = {id(layer) for layer in layers[last_tap + 1 :]}
     prefixes += [f"{prefix}{name}." for name, child in parent.named_children() if id(child) in above]
     return tuple(prefixes) or ("\0",)  # str.startswith(()) is False, but an explicit never-match is clearer
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    """The plain tensors in a state dict's value: itself, or a quantised layer's integers, scales and bias."""
+    if isinstance(value, tuple):
+        return [tensor for part in value for tensor in _tensors_of(part)]
+    if not isinstance(value, Tensor):  # a quantised layer's dtype, which its integers tell as well
+        return []
+    if not value.is_quantized:
+        return [value]
+    per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+    scale = value.q_per_channel_scales() if per_channel else torch.tensor(value.q_scale())
+    zero = value.q_per_channel_zero_points() if per_channel else torch.tensor(value.q_zero_point())
+    return [value.int_repr(), scale.float(), zero]
 
 
 def _tensor_digest(tensor: Tensor) -> str:

@@ -115,6 +115,15 @@ def train(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    backbone_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or int8 (CPU): fewer bits are faster and change the taps a little; the model "
+            "remembers.",
+            show_default="as the checkpoint has it",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(help="levi, or a baseline: linear-probe, taps-only, task-model.", rich_help_panel=MODEL),
@@ -232,6 +241,7 @@ def train(
         data=data,
         split=split,
         backbone=backbone,
+        backbone_dtype=backbone_dtype,
         method=method,
         task_model=task_model,
         max_length=max_length,

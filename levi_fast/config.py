@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from levi_fast.quantization import check_backbone_dtype
 from levi_fast.reference import ACTIVATIONS, OBJECTIVES, PROBLEM_TYPES
 from levi_fast.taps import POOLINGS
 
@@ -17,6 +18,8 @@ class LeviConfig(PreTrainedConfig):
         backbone: where the frozen backbone comes from: a hub id or a folder. Set by ``get_levi_model`` from the
             backbone itself; a saved folder never holds an absolute path.
         backbone_fingerprint: digest of the backbone's weights, checked on load; set by ``get_levi_model``.
+        backbone_dtype: "float32", "bfloat16" or "int8" (see :mod:`levi_fast.quantization`), as which a backbone that
+            is given by name is loaded; None keeps the checkpoint's. Set by ``get_levi_model`` from the backbone.
         backbone_layers: dotted name of the backbone's module list of layers, where it cannot be found by itself.
         taps: "all", "last", "even:k", a list of layer indices (0 is the first layer's output, negatives count
             from the end), or "none": no backbone, the task model alone.
@@ -50,6 +53,7 @@ class LeviConfig(PreTrainedConfig):
 
     backbone: str | None = None
     backbone_fingerprint: str | None = None
+    backbone_dtype: str | None = None
     backbone_layers: str | None = None
     taps: str | list[int] = "all"
     tap_layers: list[int] | None = None
@@ -76,6 +80,7 @@ class LeviConfig(PreTrainedConfig):
         _require_one_of("activation", self.activation, ACTIVATIONS)
         _require_one_of("mix", self.mix, ("mean", "learned"))
         _require_one_of("objective", self.objective, OBJECTIVES)
+        check_backbone_dtype(self.backbone_dtype)
         if self.problem_type is not None:
             _require_one_of("problem_type", self.problem_type, PROBLEM_TYPES)
         for name in ("dropout", "view_dropout", "blend"):

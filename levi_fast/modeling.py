@@ -21,6 +21,7 @@ from levi_fast.backbones import backbone_name, fingerprint, load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.errors import BackboneMismatchError, DataError
 from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
+from levi_fast.quantization import backbone_dtype
 from levi_fast.reference import ProblemType, blend
 from levi_fast.storage import staged_directory
 from levi_fast.taps import TapExtractor
@@ -279,7 +280,7 @@ class LeviModel(PreTrainedModel):
             if config.backbone is None:
                 raise DataError("backbone: the model was trained on one given as an object; pass backbone=")
             config.backbone = _located_name(config.backbone, config_path.parent)
-            backbone = load_backbone(config.backbone)
+            backbone = load_backbone(config.backbone, dtype=config.backbone_dtype)
         model = cls(config, backbone, task_model)
         if model.extractor is not None and config.backbone_fingerprint is not None:
             found = _fingerprint_of(model.extractor)
@@ -367,12 +368,13 @@ def get_levi_model(
         raise ValueError("backbone: expected a model or a name; only taps='none' goes without")
     if isinstance(backbone, str):
         config.backbone = backbone
-        backbone = load_backbone(backbone)
+        backbone = load_backbone(backbone, dtype=config.backbone_dtype)
     else:
         config.backbone = backbone_name(backbone)
     extractor = TapExtractor(backbone, config.taps, cast(Any, config.pooling), layers=config.backbone_layers)
     config.tap_layers = extractor.layers
     config.tap_widths = measure_widths(extractor)
+    config.backbone_dtype = backbone_dtype(backbone)
     config.backbone_fingerprint = _fingerprint_of(extractor)
     return LeviModel(config, backbone, task_model)
 

@@ -18,6 +18,7 @@ from levi_fast.data.preprocessing import TableProcessor, warn_truncated
 from levi_fast.data.tables import Columns, read_table
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel
+from levi_fast.quantization import check_backbone_dtype
 from levi_fast.report.console import Console
 from levi_fast.report.metrics_file import METRICS_FILE, versions, write_metrics
 from levi_fast.report.tables import split_table
@@ -44,6 +45,7 @@ class TrainRequest:
     data: str | None = None
     split: str = "genres"
     backbone: str | None = None
+    backbone_dtype: str | None = None
     method: str = "levi"
     task_model: str = "auto"
     max_length: int | None = None
@@ -79,7 +81,7 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
     backbone = None
     if needs_backbone:
         with console.status(f"loading {name}"):
-            backbone = load_backbone(name)
+            backbone = load_backbone(name, dtype=request.backbone_dtype)
     with console.status("reading texts"):
         splits = task.encode(
             tokenizer, max_length=request.max_length, backbone_config=getattr(backbone, "config", None)
@@ -222,6 +224,7 @@ def _load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         raise DataError(f"--method: expected one of {', '.join(METHODS)}, got {request.method!r}")
     if request.method == "linear-probe" and "taps" in request.model:
         raise DataError("--taps: the linear probe reads the last layer; use --method taps-only for other layers")
+    _check_backbone_dtype(request.backbone_dtype, request.options.device)
     check_loop(request.loop, request.method != "task-model" and not request.precompute)
     if request.backbone_batch_size < 1:
         raise DataError(f"--backbone-batch-size: expected at least 1, got {request.backbone_batch_size}")
@@ -249,6 +252,15 @@ def _load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         label_separator=request.label_separator,
         seed=request.options.seed,
     )
+
+
+def _check_backbone_dtype(dtype: str | None, device: str) -> None:
+    try:
+        check_backbone_dtype(dtype, "--backbone-dtype")
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if dtype == "int8" and resolve_device(device).type != "cpu":
+        raise DataError("--backbone-dtype int8 runs on the CPU alone; add --device cpu")
 
 
 def _run(request: TrainRequest, config: LeviConfig, splits: Splits, backbone: Any, console: Console) -> MethodResult:
@@ -285,7 +297,9 @@ def _run(request: TrainRequest, config: LeviConfig, splits: Splits, backbone: An
 
 def _load_model(folder: str, backbone: str | None, console: Console) -> LeviModel:
     with console.status("loading the model"):
-        given = None if backbone is None else load_backbone(backbone)
+        given = None
+        if backbone is not None:  # with the bits that the model was trained on
+            given = load_backbone(backbone, dtype=LeviConfig.from_pretrained(folder).backbone_dtype)
         model: LeviModel = LeviModel.from_pretrained(folder, backbone=given)
     return model
 

@@ -167,6 +167,7 @@ class TestArguments:
             (["--task-name", "movielens"], "--task-name brings its own data"),
             (["--data", "x"], "--data: only with --task-name"),
             (["--backbone", "./nowhere"], "'./nowhere'"),
+            (["--backbone-dtype", "int4"], "--backbone-dtype: expected one of float32, bfloat16, int8, got 'int4'"),
             (["--loop", "fast"], "--loop: expected one of auto, trainer, lean, got 'fast'"),
             (["--loop", "lean", "--no-precompute"], "--loop lean: trains on precomputed taps"),
         ],

@@ -238,6 +238,20 @@ class TestEvaluate:
         status, _, err = levi_fast("evaluate", "--model", str(elsewhere), "--data", test, "--backbone", tiny_bert_dir)
         assert status == 0, err
 
+    def test_a_backbone_in_fewer_bits_is_found_again(
+        self, levi_fast: Run, train_arguments: list[str], tmp_path: Path, tiny_bert_dir: str
+    ) -> None:
+        status, _, err = levi_fast(*train_arguments, "--backbone-dtype", "int8", "--device", "cpu")
+        assert status == 0, err
+        test = train_arguments[train_arguments.index("--test") + 1]
+        for where in ([], ["--backbone", tiny_bert_dir]):
+            status, _, err = levi_fast(
+                "evaluate", "--model", str(tmp_path / "model"), "--data", test, "--output", str(tmp_path / "e.json"),
+                *where,
+            )  # fmt: skip
+            assert status == 0, err
+            assert json.loads((tmp_path / "e.json").read_text())["metrics"] == metrics(tmp_path / "model")["id"]
+
     def test_another_backbone_is_refused_with_both_fingerprints(
         self, levi_fast: Run, train_arguments: list[str], tmp_path: Path, tiny_bert_dir: str
     ) -> None:
