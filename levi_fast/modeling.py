@@ -116,6 +116,16 @@ class LeviModel(PreTrainedModel):
             self.backbone.eval()
         return self
 
+    def load_state_dict(self, state_dict: Any, *arguments: Any, **keywords: Any) -> Any:
+        """As ``nn.Module``'s; a state without the backbone's weights, as ``state_dict`` gives it, leaves it alone."""
+        if any(name.startswith(_BACKBONE_PREFIX) for name in state_dict):
+            return super().load_state_dict(state_dict, *arguments, **keywords)
+        backbone, self.backbone = self.backbone, None  # a quantised layer raises where its weights are not there
+        try:
+            return super().load_state_dict(state_dict, *arguments, **keywords)
+        finally:
+            self.backbone = backbone
+
     def forward(
         self,
         input_ids: Tensor | None = None,
