@@ -1,12 +1,15 @@
 """LEVI fine-tuning, fast: a frozen transformer, tapped at several layers, joined with a small task model.
 
-Names are loaded when first used, so that ``import levi_fast`` costs next to nothing.
+Names are loaded when first used, so that ``import levi_fast`` costs next to nothing. transformers' Auto classes find
+saved LEVI folders from then on.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from levi_fast.auto import register_when_imported
 
 if TYPE_CHECKING:
     from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone, load_tokenizer
@@ -76,3 +79,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME, *_MODULES})
+
+
+register_when_imported()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -20,6 +19,16 @@ from levi_fast import functional
 from levi_fast.backbones import backbone_name, fingerprint, load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.errors import BackboneMismatchError, DataError
+from levi_fast.model_folder import (
+    BACKBONE_FOLDER,
+    HUB_ARGUMENTS,
+    IGNORED_ARGUMENTS,
+    as_dtype,
+    located_name,
+    model_files,
+    portable_name,
+    read_weights,
+)
 from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
 from levi_fast.quantization import backbone_dtype
 from levi_fast.reference import ProblemType, blend
@@ -27,7 +36,6 @@ from levi_fast.storage import staged_directory
 from levi_fast.taps import TapExtractor
 from levi_fast.widths import measure_widths
 
-WEIGHTS_NAME = "model.safetensors"
 _BACKBONE_PREFIX = "backbone."
 
 
@@ -233,12 +241,28 @@ class LeviModel(PreTrainedModel):
         share = 100 * trained / total if total else 0.0
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, include_backbone: bool = False, **kwargs: Any
+    ) -> None:
         """Write config.json and model.safetensors: all that was trained, without the backbone's weights.
 
         Files are staged, fsynced and renamed, so that an interrupted save leaves what was there before. The
-        backbone is named by hub id or by a path relative to ``save_directory``. Arguments are transformers'.
+        backbone is named by hub id or by a path relative to ``save_directory``.
+
+        Args:
+            save_directory: created if it is missing.
+            *args: transformers'.
+            include_backbone: also write the whole backbone, to ``backbone/`` inside: the folder then needs nothing
+                else to be loaded.
+            **kwargs: transformers'.
+
+        Raises:
+            ValueError: ``include_backbone`` where there is none, or one that is no transformers model.
         """
+        if include_backbone and not isinstance(self.backbone, PreTrainedModel):
+            raise ValueError(
+                f"include_backbone: expected a transformers backbone, got {type(self.backbone).__name__}"
+            )
         if not kwargs.get("is_main_process", args[0] if args else True):
             return
         folder = Path(save_directory)
@@ -247,10 +271,12 @@ class LeviModel(PreTrainedModel):
         push = kwargs.pop("push_to_hub", False)
         in_memory = self.config
         self.config = copy.deepcopy(in_memory)
-        self.config.backbone = _portable_name(in_memory.backbone, folder)
+        self.config.backbone = BACKBONE_FOLDER if include_backbone else portable_name(in_memory.backbone, folder)
         try:
             with staged_directory(folder) as stage:
                 super().save_pretrained(stage, *args, **kwargs)
+                if include_backbone:
+                    cast(PreTrainedModel, self.backbone).save_pretrained(stage / BACKBONE_FOLDER)
         finally:
             self.config = in_memory
         if push:
@@ -265,6 +291,8 @@ class LeviModel(PreTrainedModel):
         task_model: nn.Module | None = None,
         config: LeviConfig | None = None,
         load_backbone_weights: bool = True,
+        dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | int | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a saved LEVI folder (or hub id) in eval mode.
@@ -273,23 +301,35 @@ class LeviModel(PreTrainedModel):
             pretrained_model_name_or_path: what ``save_pretrained`` wrote.
             backbone: the backbone to use; None loads the one that the config names.
             task_model: needed where the task model was the user's own module.
+            config: in place of the folder's own.
             load_backbone_weights: False leaves the backbone out: the model then runs on precomputed ``taps``.
+            dtype: of the trained part; None and "auto" keep the saved one. The backbone keeps the dtype that it had
+                in training, which its fingerprint holds.
+            device_map: one device for the whole model; None is the CPU.
+            **kwargs: transformers' arguments about the hub: ``revision``, ``token``, ``cache_dir``, ...
 
         Raises:
             BackboneMismatchError: if the backbone is not the one trained on; names both fingerprints.
             DataError: if the folder, its weights or the backbone cannot be loaded.
             TypeError: for an argument not listed here.
+            ValueError: for a ``device_map`` that names several devices.
         """
-        for ignorable in ("trust_remote_code", "_from_auto", "adapter_kwargs"):  # what Auto classes pass along
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        for ignorable in IGNORED_ARGUMENTS:
             kwargs.pop(ignorable, None)
         if kwargs:
             raise TypeError(f"from_pretrained: unexpected arguments {sorted(kwargs)}")
-        config_path, weights_path = _model_files(str(pretrained_model_name_or_path))
+        if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            raise ValueError(
+                f"device_map: expected one device, got {device_map!r}; a backbone that is spread over several is "
+                "loaded by itself and passed as backbone="
+            )
+        config_path, weights_path = model_files(str(pretrained_model_name_or_path), hub)
         config = config if config is not None else LeviConfig.from_pretrained(config_path.parent)
         if backbone is None and load_backbone_weights and config.tap_layers is not None:
             if config.backbone is None:
                 raise DataError("backbone: the model was trained on one given as an object; pass backbone=")
-            config.backbone = _located_name(config.backbone, config_path.parent)
+            config.backbone = located_name(config.backbone, config_path.parent)
             backbone = load_backbone(config.backbone, dtype=config.backbone_dtype)
         model = cls(config, backbone, task_model)
         if model.extractor is not None and config.backbone_fingerprint is not None:
@@ -299,7 +339,14 @@ class LeviModel(PreTrainedModel):
                     f"backbone: the model was trained on {config.backbone_fingerprint}, "
                     f"and this backbone ({backbone_name(cast(nn.Module, backbone)) or 'unnamed'}) is {found}"
                 )
-        model.load_state_dict(load_file(weights_path))
+        model.load_state_dict(read_weights(weights_path))
+        trained_dtype = as_dtype(dtype)
+        if trained_dtype is not None:
+            for part in (model.ensemble, model.task_model):
+                if part is not None:
+                    part.to(trained_dtype)
+        if device_map is not None:
+            nn.Module.to(model, device_map)
         return model.eval()
 
     def _taps(self, given: dict[str, Any], taps: Tensor | None, view: Tensor | None) -> Tensor | Sequence[Tensor]:
@@ -455,33 +502,3 @@ def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, _metad
 def _forgive_missing_backbone(module: nn.Module, incompatible: Any) -> None:
     missing = incompatible.missing_keys
     missing[:] = [name for name in missing if _BACKBONE_PREFIX not in name]
-
-
-def _portable_name(name: str | None, folder: Path) -> str | None:
-    """A hub id as it is; a folder as a path relative to the one that is written."""
-    if name is None or not Path(name).expanduser().is_dir():
-        return name if name is None or not Path(name).is_absolute() else None
-    relative = os.path.relpath(Path(name).expanduser().resolve(), folder.resolve())
-    return relative if relative.startswith(".") else f"./{relative}"
-
-
-def _located_name(name: str, folder: Path) -> str:
-    """The inverse of :func:`_portable_name`: a relative path is taken from the model's folder."""
-    return str((folder / name).resolve()) if name.startswith(".") else name
-
-
-def _model_files(name: str) -> tuple[Path, Path]:
-    """config.json and model.safetensors, in a folder or fetched from the hub."""
-    folder = Path(name)
-    if folder.is_dir():
-        for required in ("config.json", WEIGHTS_NAME):
-            if not (folder / required).is_file():
-                raise DataError(f"model: expected {required} in {name!r}, found none; is it a saved LEVI folder?")
-        return folder / "config.json", folder / WEIGHTS_NAME
-    from transformers.utils import cached_file
-
-    try:
-        return Path(str(cached_file(name, "config.json"))), Path(str(cached_file(name, WEIGHTS_NAME)))
-    except OSError as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise DataError(f"model: {name!r} is no folder and cannot be had from the hub: {reason}") from error

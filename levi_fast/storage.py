@@ -51,18 +51,24 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 def staged_directory(directory: str | Path) -> Iterator[Path]:
     """Yield an empty folder inside ``directory``; on success its files are fsynced and renamed into place.
 
-    Files of the same name are replaced one by one, each atomically; on an exception nothing is moved.
+    Files of the same name, those in subfolders too, are replaced one by one, each atomically; on an exception nothing
+    is moved.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".staged-", dir=directory) as name:
         stage = Path(name)
         yield stage
-        for source in sorted(stage.iterdir()):
+        folders = {directory}
+        for source in sorted(path for path in stage.rglob("*") if path.is_file()):
             with open(source, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(source, directory / source.name)
-    fsync_directory(directory)
+            target = directory / source.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            folders |= {target.parent, target.parent.parent} if target.parent != directory else set()
+    for folder in folders:
+        fsync_directory(folder)
 
 
 def _umask() -> int:
