@@ -194,6 +194,14 @@ def train(
         ),
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=TRAINING)] = 0,
+    include_backbone: Annotated[
+        bool,
+        typer.Option(
+            "--include-backbone",
+            help="Write the whole backbone into the model folder too, which then needs nothing else.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     backbone_batch_size: BackboneBatchOption = 32,
     device: DeviceOption = "auto",
     num_threads: ThreadsOption = None,
@@ -246,6 +254,7 @@ def train(
         task_model=task_model,
         max_length=max_length,
         precompute=precompute,
+        include_backbone=include_backbone,
         backbone_batch_size=backbone_batch_size,
         loop=loop,
         model=model_fields,

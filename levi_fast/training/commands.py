@@ -17,10 +17,12 @@ from levi_fast.config import LeviConfig
 from levi_fast.data.preprocessing import TableProcessor, warn_truncated
 from levi_fast.data.tables import Columns, read_table
 from levi_fast.errors import DataError
+from levi_fast.model_folder import portable_name
 from levi_fast.modeling import LeviModel
 from levi_fast.quantization import check_backbone_dtype
 from levi_fast.report.console import Console
 from levi_fast.report.metrics_file import METRICS_FILE, versions, write_metrics
+from levi_fast.report.model_card import model_card
 from levi_fast.report.tables import split_table
 from levi_fast.storage import write_atomic
 from levi_fast.training.fit import TrainingOptions, check_loop, resolve_device
@@ -50,6 +52,7 @@ class TrainRequest:
     task_model: str = "auto"
     max_length: int | None = None
     precompute: bool = True
+    include_backbone: bool = False
     backbone_batch_size: int = 32
     loop: str = "auto"
     model: Mapping[str, Any] = field(default_factory=dict)  # LeviConfig fields
@@ -95,7 +98,7 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
 
     document = {
         **run_document(result, splits, request.options.seed),
-        "backbone": name if needs_backbone else None,
+        "backbone": portable_name(name, Path(request.output)) if needs_backbone else None,
         "task": request.task_name or "table",
         "max_length": task.processor.max_length if reads_text else None,
         "trained_parameters": trained,
@@ -103,11 +106,18 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
         "versions": versions(),
     }
     with new_folder(request.output) as stage:
-        result.model.save_pretrained(stage)
+        result.model.save_pretrained(stage, include_backbone=request.include_backbone)
         if tokenizer is not None:
+            # what a pipeline cuts its texts to with truncation=True
+            tokenizer.model_max_length = task.processor.max_length
             tokenizer.save_pretrained(stage)
         task.save(stage)
         write_metrics(stage / METRICS_FILE, document)
+        saved = LeviConfig.from_pretrained(stage)
+        columns = task.processor.columns
+        reads = (*columns.text, *columns.numeric, *columns.categorical)
+        card = model_card(document, saved, reads, request.include_backbone)
+        write_atomic(stage / "README.md", card)
     rows = [(f"ID ({splits.id_split})", _id_rows(splits), result.id)]
     rows += [(f"OOD {name}", len(splits.ood[name]), scores) for name, scores in result.ood.items()]
     blend = f", blend {result.model.config.blend:g}" if result.fit.blend or "levi" in result.method else ""
@@ -226,6 +236,8 @@ def _load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         raise DataError("--taps: the linear probe reads the last layer; use --method taps-only for other layers")
     _check_backbone_dtype(request.backbone_dtype, request.options.device)
     check_loop(request.loop, request.method != "task-model" and not request.precompute)
+    if request.include_backbone and request.method == "task-model":
+        raise DataError("--include-backbone: --method task-model has no backbone to include")
     if request.backbone_batch_size < 1:
         raise DataError(f"--backbone-batch-size: expected at least 1, got {request.backbone_batch_size}")
     if request.task_name is not None:

@@ -1,0 +1,136 @@
+"""The model card (README.md) of a saved LEVI folder: what it was trained on, what it reached, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from levi_fast.config import LeviConfig
+from levi_fast.report.tables import METRIC_TITLES, figure
+from levi_fast.training.metrics import LOWER_IS_BETTER
+
+PIPELINES = {
+    "single_label_classification": "text-classification",
+    "multi_label_classification": "text-classification",
+}
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# LEVI on {{ backbone }}
+
+A frozen backbone, read at several depths, combined layer by layer with a small task model trained from scratch: LEVI,
+*Layer-wise Ensemble of Different Views* (Roh et al., ICML 2024, arXiv 2402.04644), trained with levi_fast
+{{ versions.levi_fast }}. This folder holds the trained part{{ carried }}.
+
+## Data
+
+{{ data }}
+
+## Results
+
+The epoch ({{ document.best_epoch }} of {{ document.epochs }}) and the blend ({{ blend }}) were chosen on
+in-distribution validation rows alone.
+
+{{ results }}
+
+## How to load
+
+```python
+{{ usage }}
+```
+
+`levi-fast evaluate --model FOLDER --data FILE` scores a file of the same columns.
+
+## Configuration
+
+{{ settings }}
+
+Versions: {{ version_list }}.
+"""
+
+
+def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[str], include_backbone: bool) -> str:
+    """Markdown with the hub's YAML header.
+
+    Args:
+        document: the content of ``metrics.json``.
+        config: of the model, with its backbone named as in the folder.
+        reads: names of the columns that the model reads.
+        include_backbone: whether the folder carries the backbone.
+    """
+    backbone = config.backbone or "no backbone"
+    on_hub = config.backbone is not None and not config.backbone.startswith(".")
+    pipeline_tag = PIPELINES.get(str(config.problem_type)) if config.tap_layers is not None else None
+    scored = list(document["id"])
+    card_data = ModelCardData(
+        base_model=config.backbone if on_hub else None,
+        library_name="levi_fast",
+        pipeline_tag=pipeline_tag,
+        tags=["levi", "out-of-distribution", "frozen-backbone"],
+        metrics=[name for name in scored if name in ("accuracy", "rmse", "mae")] or None,
+    )
+    settings = {
+        "method": document["method"],
+        "backbone": config.backbone,
+        "taps": config.taps,
+        "pooling": config.pooling,
+        "hidden width": config.hidden_width,
+        "objective": config.objective,
+        "mix": config.mix,
+        "view dropout": config.view_dropout,
+        "blend": config.blend,
+        "task model": (config.task_model or {}).get("type"),
+        "trained parameters": f"{document['trained_parameters']:,}",
+        "seed": document["seed"],
+    }
+    card = ModelCard.from_template(
+        card_data,
+        template_str=_TEMPLATE,
+        document=document,
+        versions=document["versions"],
+        version_list=", ".join(f"{name} {version}" for name, version in document["versions"].items()),
+        backbone=backbone,
+        carried=" and the backbone" if include_backbone else ", not the backbone's weights",
+        data=_data(document, reads),
+        blend=f"{config.blend:g}",
+        results=_results(document),
+        usage=_usage(config, pipeline_tag),
+        settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
+    )
+    return str(card)
+
+
+def _data(document: Mapping[str, Any], reads: Sequence[str]) -> str:
+    sizes = document["sizes"]
+    lines = [f"- training rows: {sizes['train']:,}", f"- in-distribution validation rows: {sizes['validation']:,}"]
+    if sizes["test"] is not None:
+        lines.append(f"- in-distribution test rows: {sizes['test']:,}")
+    lines += [f"- out-of-distribution rows, {name}: {rows:,}" for name, rows in sizes["ood"].items()]
+    if reads:
+        lines.append(f"- columns read: {', '.join(reads)}")
+    return "\n".join(lines)
+
+
+def _results(document: Mapping[str, Any]) -> str:
+    names = list(document["id"])
+    heads = [f"{METRIC_TITLES.get(n, n)} {'↓' if n in LOWER_IS_BETTER else '↑'}" for n in names]
+    rows = [(f"ID ({document['id_split']})", document["id"])]
+    rows += [(f"OOD {name}", scores) for name, scores in document["ood"].items()]
+    lines = [f"| data | {' | '.join(heads)} |", f"|---|{'---:|' * len(names)}"]
+    lines += [
+        f"| {split} | {' | '.join(figure(scores.get(n), n).strip() for n in names)} |" for split, scores in rows
+    ]
+    return "\n".join(lines)
+
+
+def _usage(config: LeviConfig, pipeline_tag: str | None) -> str:
+    if pipeline_tag is None or (config.task_model or {}).get("type") not in (None, "text"):
+        return 'from levi_fast import LeviModel\n\nmodel = LeviModel.from_pretrained("FOLDER")'
+    return (
+        "import levi_fast  # makes transformers know LEVI\nfrom transformers import pipeline\n\n"
+        f'classify = pipeline("{pipeline_tag}", model="FOLDER")\nclassify(["..."], truncation=True)'
+    )
