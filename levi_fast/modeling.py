@@ -257,7 +257,8 @@ class LeviModel(PreTrainedModel):
             **kwargs: transformers'.
 
         Raises:
-            ValueError: ``include_backbone`` where there is none, or one that is no transformers model.
+            ValueError: ``include_backbone`` where there is none, or one that cannot be written (int8, no transformers
+                model).
         """
         if include_backbone and not isinstance(self.backbone, PreTrainedModel):
             raise ValueError(

@@ -124,3 +124,10 @@ def test_arguments_that_transformers_users_give(text_folder, tiny_bert_dir):
         LeviModel.from_pretrained(text_folder, colour="red")
     given = LeviModel.from_pretrained(text_folder, backbone=load_backbone(tiny_bert_dir))  # the same weights
     assert given.config.backbone_fingerprint == model.config.backbone_fingerprint
+
+
+def test_an_int8_backbone_is_named_not_included(tiny_bert_dir, tmp_path):
+    spec = {"type": "text", "vocab_size": 9, "view_width": 4}
+    model = get_levi_model(tiny_bert_dir, config(task_model=spec, backbone_dtype="int8"))
+    with pytest.raises(ValueError, match="include_backbone: an int8 backbone is made anew on each load"):
+        model.save_pretrained(tmp_path, include_backbone=True)
