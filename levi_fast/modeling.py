@@ -264,6 +264,8 @@ class LeviModel(PreTrainedModel):
             raise ValueError(
                 f"include_backbone: expected a transformers backbone, got {type(self.backbone).__name__}"
             )
+        if include_backbone and self.config.backbone_dtype == "int8":
+            raise ValueError("include_backbone: an int8 backbone is made anew on each load, from the one it names")
         if not kwargs.get("is_main_process", args[0] if args else True):
             return
         folder = Path(save_directory)
