@@ -123,7 +123,11 @@ def fit(
         model.backbone = None
     try:
         # Trainer wants a folder; nothing is kept there, because the best weights stay in memory (they are small).
-        with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="levi-fast-") as folder,
+            train.only(model.reads),
+            validation.only(model.reads),
+        ):
             arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // options.batch_size))
             run = train_with_trainer if runs_backbone or loop == "trainer" else train_lean
             run(model, train, validation, arguments, best)

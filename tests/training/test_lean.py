@@ -56,6 +56,15 @@ def test_weights_and_scores_are_trainers_own(
     assert_same(trained(task, "trainer"), trained(task, "lean"))
 
 
+@pytest.mark.parametrize("loop", ["trainer", "lean"])
+def test_a_baseline_trains_on_rows_that_bring_more_than_it_reads(cached_task: Tasks, loop: str) -> None:
+    """The same rows serve LEVI and its baselines; without the task model, its inputs are left out."""
+    task = cached_task("recommendation", "regression")
+    model = task.model(task_model=None, view_width=0)
+    result = fit(model, task.train, task.validation, TrainingOptions(epochs=2, batch_size=16), loop=loop)
+    assert len(result.history) == 2
+
+
 def test_gradients_that_are_clipped_and_weight_decay(cached_task: Tasks) -> None:
     task = cached_task()
     options = {"max_grad_norm": 0.05, "weight_decay": 0.3, "warmup_ratio": 0.4, "blend": 0.25}
