@@ -130,7 +130,8 @@ def fit(
         ):
             arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // options.batch_size))
             run = train_with_trainer if runs_backbone or loop == "trainer" else train_lean
-            run(model, train, validation, arguments, best)
+            with train.only(model.reads), validation.only(model.reads):
+                run(model, train, validation, arguments, best)
     finally:
         model.backbone = backbone
     return best.restore(model, time.perf_counter() - started)

@@ -81,6 +81,13 @@ def test_the_task_model_alone_trains_without_taps(cached_task: Tasks) -> None:
     assert_same(trained(task, "trainer"), trained(task, "auto"))
 
 
+def test_a_model_without_a_task_model_is_not_handed_its_inputs(cached_task: Tasks) -> None:
+    task = cached_task("recommendation", "regression")
+    without = {"task_model": None, "view_width": 0}
+    for loop in ("trainer", "lean"):
+        fit(task.model(**without), task.train, task.validation, TrainingOptions(epochs=1), loop=loop)
+
+
 def test_a_training_that_diverges_says_so(cached_task: Tasks) -> None:
     with pytest.raises(ValueError, match="lower --learning-rate"):
         trained(cached_task(), "lean", learning_rate=1e38)
