@@ -87,6 +87,10 @@ neon: $(STAMP)  ## the C++ kernels for AArch64, on an emulated CPU
 	$(BIN)/cmake --build build/neon
 	qemu-aarch64 build/neon/levi_fast_kernel_tests
 
+.PHONY: cuda-compile
+cuda-compile: $(STAMP)  ## the CUDA kernels by nvcc for three GPUs, none needed; fails on spills and warnings
+	$(BIN)/python tests/kernels/cuda_build.py --jobs $(JOBS)
+
 .PHONY: bench
 bench: $(STAMP)  ## time the pooling op against its peers; writes JSON under benchmarks/results/
 	$(BIN)/python benchmarks/bench_masked_mean_pool.py

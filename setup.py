@@ -120,6 +120,10 @@ class BuildNative(build_ext):
             f"-Dpybind11_DIR={pybind11_dir}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]
+        if cuda := os.environ.get("LEVI_FAST_CUDA", "").strip().lower():
+            configure.append(f"-DLEVI_FAST_CUDA={cuda}")
+        if architectures := os.environ.get("LEVI_FAST_CUDA_ARCHITECTURES", "").strip():
+            configure.append(f"-DLEVI_FAST_CUDA_ARCHITECTURES={architectures}")
         jobs = os.environ.get("MAX_JOBS")
         shutil.rmtree(stage, ignore_errors=True)  # never install a library that this build did not make
         try:

@@ -239,13 +239,19 @@ def _op_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> No
     _save(ctx, inputs[0], inputs[1:], output, _needs(flags))
 
 
-def _op_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+def op_gradient(ctx: Any, backward: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """The op's gradient as ``torch.library`` takes it, by the backward op named."""
     if ctx.saved_tensors[-2].numel() == 0 and ctx.saved_tensors[-7] is not None and _batch(ctx):
         raise RuntimeError(f"{NAME}: differentiating it needs save=True")
-    given = _differentiate(ctx, torch.ops.levi_fast.layerwise_ensemble_backward.default, grads[:4])
+    # What was not asked for came out as an empty tensor, whose gradient says nothing.
+    given = _differentiate(ctx, backward, [None if g is not None and g.dim() == 1 else g for g in grads[:4]])
     by_name = dict(zip(NEEDS[:-1], given, strict=False))
     taps = given[len(NEEDS) - 1 :]
     return (taps, *(by_name.get(name) for name in _FORWARD_NAMES[1:]), None, None, None, None, None)
+
+
+def _op_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    return op_gradient(ctx, torch.ops.levi_fast.layerwise_ensemble_backward.default, grads)
 
 
 def _batch(ctx: Any) -> int:

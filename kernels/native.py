@@ -19,6 +19,7 @@ import torch
 from levi_fast.kernels.schemas import SCHEMAS
 
 LIBRARY_NAME = "liblevi_fast.so"
+CUDA_LIBRARY_NAME = "liblevi_fast_cuda.so"
 _MESSAGE_BYTES = 512
 
 
@@ -118,6 +119,45 @@ def load() -> NativeStatus:
             return NativeStatus(folder / LIBRARY_NAME, info, tuple(causes))
         causes.append(cause)
     return NativeStatus(None, None, tuple(causes))
+
+
+@dataclass(frozen=True)
+class CudaStatus:
+    """What came of loading the library of CUDA kernels.
+
+    Attributes:
+        path: the library in use; None where none could be loaded.
+        reason: why there is none, as one line for a person; empty where there is one.
+    """
+
+    path: Path | None
+    reason: str
+
+
+@functools.cache
+def load_cuda() -> CudaStatus:
+    """Load the CUDA kernels on the first call, where this PyTorch has CUDA; later calls return the same answer."""
+    if torch.version.cuda is None:
+        return CudaStatus(None, "this PyTorch is built without CUDA")
+    load()  # defines the ops
+    causes = []
+    for folder in _folders():
+        library = folder / CUDA_LIBRARY_NAME
+        if not library.exists():
+            causes.append(f"{library}: not there (built without nvcc; LEVI_FAST_CUDA=on asks for it when installing)")
+            continue
+        try:
+            torch.ops.load_library(str(library))
+            schemas = ctypes.CDLL(str(library)).levi_fast_cuda_schemas
+        except (OSError, RuntimeError, AttributeError) as error:
+            causes.append(f"{library}: {error}")
+            continue
+        schemas.restype = ctypes.c_char_p
+        if tuple(schemas().decode().splitlines()) != tuple(SCHEMAS.values()):
+            causes.append(f"{library}: its op schemas differ from these Python files; build it again")
+            continue
+        return CudaStatus(library, "")
+    return CudaStatus(None, "the CUDA library could not be loaded: " + "; ".join(causes))
 
 
 _warned = False

@@ -8,6 +8,7 @@ from levi_fast.kernels.schemas import SCHEMAS
 # Schemas first: each op's file attaches its checks, its gradient and its eager twin to them.
 registry.define_ops(SCHEMAS, native_loaded=native.load().loaded)
 
+from levi_fast.kernels.cuda_dispatch import register as _register_cuda  # noqa: E402
 from levi_fast.kernels.layerwise_ensemble import layerwise_ensemble  # noqa: E402
 from levi_fast.kernels.layerwise_loss import layerwise_loss  # noqa: E402
 from levi_fast.kernels.masked_mean_pool import masked_mean_pool  # noqa: E402
@@ -19,7 +20,8 @@ from levi_fast.kernels.registry import (  # noqa: E402
 )
 from levi_fast.kernels.triton_dispatch import register as _register_triton  # noqa: E402
 
-_register_triton()
+_register_triton()  # before the CUDA C++ kernels: the order is the preference
+_register_cuda()
 
 __all__ = [
     "BackendUnavailableError",

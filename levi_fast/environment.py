@@ -33,14 +33,16 @@ ENVIRONMENT_VARIABLES: dict[str, str] = {
     "LEVI_FAST_BACKEND": "Backend of every op: auto (default), cpp, triton, cuda, eager; one that cannot raises.",
     "LEVI_FAST_CPU_ISA": "Instruction set of the native CPU kernels: auto (default), scalar, avx2, avx512 or neon.",
     "LEVI_FAST_TRITON": "1: serve GPUs by the Triton kernels, which no GPU has run yet; read at import.",
+    "LEVI_FAST_CUDA_KERNELS": "1: serve GPUs by the CUDA C++ kernels, which no GPU has run yet; read at import.",
     "LEVI_FAST_DEBUG": "1: the command line shows the traceback of an error, and every warning.",
     "LEVI_FAST_NO_NATIVE": "When installing: 1 leaves out the native library (pure Python, nothing is compiled).",
+    "LEVI_FAST_CUDA": "When installing: CUDA kernels on, off, or auto (default: where nvcc is and torch has CUDA).",
+    "LEVI_FAST_CUDA_ARCHITECTURES": "When installing: GPUs to compile for, as in nvcc's sm_; default 80;90a;100.",
+    "CUDA_HOME": "When installing: the CUDA toolkit with nvcc, where it is not on PATH.",
     "CXX": "When installing: the C++ compiler.",
     "MAX_JOBS": "When installing: how many files are compiled at once.",
     "TORCH_SPEC": "For make: the torch to install, as a pip requirement.",
     "OMP_NUM_THREADS": "Threads of PyTorch and of the native CPU kernels.",
-    "RANK": "Of this process among those that build one activation cache; torchrun sets it, and the next.",
-    "WORLD_SIZE": "How many processes build one activation cache.",
     "CUDA_VISIBLE_DEVICES": "The GPUs PyTorch may see.",
     "HF_HOME": "Where transformers and datasets keep downloads.",
     "HF_HUB_OFFLINE": "1: never ask the hub; a backbone must be a folder, or downloaded or packaged already.",
@@ -200,7 +202,8 @@ def _cpu_name() -> str:
 
 def source_digest(checkout: Path) -> str:
     """Digest of the native sources in a checkout, as CMakeLists.txt computes it into the library."""
-    sources = [*checkout.glob("csrc/**/*.cpp"), *checkout.glob("csrc/**/*.h"), checkout / "CMakeLists.txt"]
+    sources = [path for pattern in ("*.cpp", "*.h", "*.cu") for path in checkout.glob(f"csrc/**/{pattern}")]
+    sources += [checkout / "CMakeLists.txt", checkout / "csrc" / "cuda" / "cuda.cmake"]
     lines = sorted(path.relative_to(checkout).as_posix() for path in sources)
     text = "".join(f"{name}:{hashlib.sha256((checkout / name).read_bytes()).hexdigest()}\n" for name in lines)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -30,6 +30,32 @@ def test_report_names_one_server_and_a_reason_for_every_other() -> None:
     assert report["masked_mean_pool"]["cuda"].others["cpp"] == "the cpp kernels serve cpu, not cuda"
 
 
+def test_gpu_backends_say_why_they_do_not_serve() -> None:
+    for row in levi_fast.backend_report().values():
+        for name in ("triton", "cuda"):
+            assert row["cpu"].others[name] == f"the {name} kernels serve cuda, not cpu"
+            if not torch.cuda.is_available() and torch.version.hip is None:
+                assert row["cuda"].others[name] == "this PyTorch sees no GPU"
+
+
+def test_the_cuda_library_is_not_looked_for_without_cuda() -> None:
+    status = native.load_cuda()
+    if torch.version.cuda is None:
+        assert status == native.CudaStatus(None, "this PyTorch is built without CUDA")
+    else:
+        assert bool(status.path) != bool(status.reason)
+
+
+def test_a_missing_or_foreign_cuda_library_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(native, "_folders", lambda: iter([tmp_path]))
+    missing = native.load_cuda.__wrapped__()
+    assert missing.path is None and "liblevi_fast_cuda.so: not there (built without nvcc" in missing.reason
+    (tmp_path / native.CUDA_LIBRARY_NAME).write_bytes(b"not a library")
+    foreign = native.load_cuda.__wrapped__()
+    assert foreign.path is None and f"{tmp_path / native.CUDA_LIBRARY_NAME}: " in foreign.reason
+
+
 @pytest.mark.native
 def test_native_serves_cpu_by_default() -> None:
     assert backend_report()["masked_mean_pool"]["cpu"].serves == "cpp"

@@ -7,8 +7,8 @@ test module of the ordinary run. By hand: TRITON_INTERPRET=1 pytest tests/kernel
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from kernel_cases import (
+    CASES,
+    Case,
+    backward_arguments,
+    check,
+    double_loss,
+    drawn,
+    fill_fresh_memory,
+    hidden_of,
+    mask_of,
+    needs_of,
+    wide,
+)
 
 import levi_fast
 from levi_fast import reference
@@ -48,55 +60,10 @@ def seeded() -> None:
 @pytest.fixture
 def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills fresh memory with NaN (or a large integer), so that an unwritten element shows."""
-
-    def poison(make: Any) -> Any:
-        def made(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 113)
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
-
-
-def wide(value: Any) -> Any:
-    """The same arguments in float64."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return [wide(v) for v in value] if isinstance(value, list) else value
-
-
-def check(name: str, ours: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Our error is at most twice same-dtype eager's, or a rounding of the result where eager has next to none."""
-    assert ours.shape == exact.shape, f"{name}: {ours.shape} for {exact.shape}"
-    if not exact.numel():
-        return
-    scale = exact.abs().max().item()
-    rounding = 2 * torch.finfo(ours.dtype).eps * scale
-    error = (ours.double() - exact).abs().max().item()
-    allowed = 2 * (eager.double() - exact).abs().max().item() + rounding
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}, scale {scale:.3g}"
+    fill_fresh_memory(monkeypatch)
 
 
 # --- masked_mean_pool ---------------------------------------------------------------------------------------------
-
-
-def hidden_of(shape: tuple[int, ...], dtype: torch.dtype, strides: str = "contiguous") -> Tensor:
-    batch, length, width = shape
-    if strides == "contiguous":
-        return torch.randn(shape, device=DEVICE).to(dtype)
-    if strides == "transposed":
-        return torch.randn(width, length, batch, device=DEVICE).to(dtype).permute(2, 1, 0)
-    return torch.randn(batch, 2 * length + 1, width + 3, device=DEVICE).to(dtype)[:, 1::2, :width]
-
-
-def mask_of(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    mask = torch.rand(shape[0], shape[1], device=DEVICE) > 0.4
-    if shape[0] > 1:
-        mask[0] = False
-    return (mask * 3).to(dtype) if dtype != torch.bool else mask
 
 
 @pytest.mark.usefixtures("nan_filled")
@@ -114,8 +81,8 @@ def mask_of(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def test_pool(
     dtype: torch.dtype, shape: tuple[int, ...], strides: str, mask_dtype: torch.dtype | None, splits: int
 ) -> None:
-    hidden = hidden_of(shape, dtype, strides)
-    mask = None if mask_dtype is None else mask_of(shape, mask_dtype)
+    hidden = hidden_of(shape, dtype, strides, device=DEVICE)
+    mask = None if mask_dtype is None else mask_of(shape, mask_dtype, DEVICE)
     config = PoolConfig(4, 32, splits, 4)
     ours = masked_mean_pool_triton.forward(hidden, mask, config=config)
     check("pool", ours, eager_pool(hidden, mask), eager_pool(hidden.double(), mask))
@@ -142,7 +109,7 @@ def test_pool_of_nothing(shape: tuple[int, ...]) -> None:
 
 def test_pool_writes_into_a_slice_of_a_bank_and_nowhere_else() -> None:
     bank = torch.full((3, 4, 9), 7.0, device=DEVICE)
-    hidden = hidden_of((4, 6, 9), torch.float32)
+    hidden = hidden_of((4, 6, 9), torch.float32, device=DEVICE)
     masked_mean_pool_triton.forward(hidden, None, normalize=True, out=bank[1])
     assert torch.allclose(bank[1], F.layer_norm(hidden.mean(1), (9,)), atol=1e-5)
     assert torch.equal(bank[::2], torch.full((2, 4, 9), 7.0, device=DEVICE))
@@ -152,8 +119,8 @@ def test_pool_writes_into_a_slice_of_a_bank_and_nowhere_else() -> None:
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_pool_never_adds_what_is_masked_and_keeps_examples_apart(splits: int) -> None:
-    hidden = hidden_of((3, 20, 10), torch.float32)
-    mask = mask_of((3, 20), torch.bool)
+    hidden = hidden_of((3, 20, 10), torch.float32, device=DEVICE)
+    mask = mask_of((3, 20), torch.bool, DEVICE)
     config = PoolConfig(4, 16, splits, 4)
     clean = masked_mean_pool_triton.forward(hidden, mask, config=config)
     dirty = hidden.masked_fill(~mask[..., None], float("nan"))
@@ -170,81 +137,10 @@ def test_pool_never_adds_what_is_masked_and_keeps_examples_apart(splits: int) ->
 # --- layerwise_ensemble -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
-    """An ensemble to draw; without ``bank`` the taps come one by one, every other one transposed or sliced."""
-
-    widths: tuple[int, ...] = (20, 20, 20)
-    batch: int = 5
-    view: int = 7
-    hidden: int | None = 9
-    outputs: int = 3
-    activation: int = 0
-    bank: bool = True
-    normalize: bool = True
-    mix: bool = True
-    keep: bool = True
-    dropout: float = 0.3
-    zeroed: bool = True
-
-    def draw(self, dtype: torch.dtype) -> list[Any]:
-        """The arguments of the forward op."""
-        layers, first = len(self.widths), self.hidden or self.outputs
-
-        def normal(*shape: int, scale: float = 0.3) -> Tensor:
-            return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
-
-        if self.bank:
-            taps = [normal(layers, self.batch, self.widths[0], scale=2.0) + 1]
-        else:
-            taps = [
-                normal(self.batch, width + 3, scale=2.0)[:, :width]
-                if i % 2
-                else normal(width, self.batch, scale=2.0).T
-                for i, width in enumerate(self.widths)
-            ]
-        chance = torch.rand(layers, self.batch, first, device=DEVICE)
-        return [
-            taps,
-            normal(self.batch, self.view, scale=1.0) if self.view else None,
-            torch.rand(self.batch, device=DEVICE) > 0.4 if self.keep and self.view else None,
-            normal(sum(self.widths), first),
-            normal(self.view, layers, first) if self.view else None,
-            normal(layers, first),
-            normal(self.outputs, layers, first) if self.hidden else None,
-            normal(layers, self.outputs) if self.hidden else None,
-            torch.rand(layers, device=DEVICE).softmax(0) if self.mix else None,
-            chance >= self.dropout if self.dropout and self.hidden else None,
-            self.activation,
-            self.normalize,
-            self.dropout if self.hidden else 0.0,
-            self.zeroed,
-            True,
-        ]
-
-
-def needs_of(case: Case, taps: bool = True) -> int:
-    absent = {
-        "view": not case.view,
-        "view_weight": not case.view,
-        "output_weight": not case.hidden,
-        "output_bias": not case.hidden,
-        "mix_weights": not case.mix,
-        "taps": not taps,
-    }
-    return sum(1 << bit for bit, name in enumerate(NEEDS) if not absent.get(name))
-
-
-def backward_arguments(arguments: list[Any], outputs: Sequence[Tensor], grads: list[Any], needs: int) -> list[Any]:
-    taps, view, keep, tap_weight, view_weight, _, output_weight, _, mix, hidden_keep, *options = arguments
-    inputs = [taps, view, keep, tap_weight, view_weight, output_weight, mix, hidden_keep]
-    return [*grads, *inputs, outputs[1], *outputs[3:6], *options[:3], needs]
-
-
 def check_ensemble(
     case: Case, dtype: torch.dtype, config: ProductConfig | None = None, *, twice: bool = not INTERPRETED
 ) -> None:
-    arguments = case.draw(dtype)
+    arguments = case.draw(dtype, DEVICE)
     eager, exact = eager_forward(*arguments), eager_forward(*wide(arguments))
     ours = layerwise_ensemble_triton.forward(*arguments, config=config)
     for name, *results in zip(
@@ -276,17 +172,6 @@ def check_ensemble(
         assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
 
 
-CASES = {
-    "bank": Case(),
-    "no view": Case((20,), view=0, activation=1, batch=17, zeroed=False),
-    "unequal": Case((9, 17, 5, 8, 3, 4, 5, 6, 7), bank=False, hidden=4, activation=2, mix=False, zeroed=False),
-    "linear": Case((16, 24), bank=False, hidden=None, batch=3, view=20, outputs=2),
-    "view alone": Case((0, 0), bank=False, view=20, hidden=4, activation=3, keep=False, dropout=0.0),
-    "one layer, one example": Case((40,), batch=1, mix=False, zeroed=False, normalize=False, outputs=1),
-    "no examples": Case(batch=0),
-}
-
-
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
@@ -309,7 +194,7 @@ def test_gradients_with_their_sum_over_examples_in_parts() -> None:
 
 @pytest.mark.parametrize("bank", [True, False])
 def test_a_nan_in_one_example_reaches_no_other(bank: bool) -> None:
-    arguments = Case(bank=bank, batch=6, activation=1).draw(torch.float32)
+    arguments = Case(bank=bank, batch=6, activation=1).draw(torch.float32, DEVICE)
     view, keep = arguments[1], arguments[2]
     view[4] = float("inf")
     keep[4] = False  # a dropped view's infinity must not even reach its own example
@@ -347,7 +232,7 @@ def test_loss(shape: tuple[int, int, int], problem: int, dtype: torch.dtype) -> 
     ours, gradient = layerwise_loss_triton.forward(logits, target, problem, True)
     eager, eager_gradient = eager_loss(logits, target, problem, True)
     double = logits.double().requires_grad_()
-    exact = torch.stack([_double_loss(row, target, problem) for row in double]).mean()
+    exact = torch.stack([double_loss(row, target, problem) for row in double]).mean()
     exact.backward()
     assert double.grad is not None
     check("loss", ours, eager, exact.detach())
@@ -356,13 +241,6 @@ def test_loss(shape: tuple[int, int, int], problem: int, dtype: torch.dtype) -> 
     assert torch.equal(value, ours) and not empty.numel()
     scaled = layerwise_loss_triton.backward(torch.tensor(0.5, device=DEVICE), gradient, logits)
     assert torch.equal(scaled, (gradient * 0.5).to(dtype))
-
-
-def _double_loss(logits: Tensor, target: Tensor, problem: int) -> Tensor:
-    if problem == 0:
-        return F.cross_entropy(logits, target)
-    target = target.double()
-    return F.binary_cross_entropy_with_logits(logits, target) if problem == 1 else F.mse_loss(logits, target)
 
 
 def test_an_ignored_example_is_not_read_and_none_counting_makes_nan() -> None:
@@ -426,38 +304,17 @@ def test_a_model_trains_as_the_reference_does() -> None:
 @pytest.mark.usefixtures("dispatched")
 def test_what_the_kernels_do_not_take_goes_to_the_eager_twin() -> None:
     case = replace(Case(), dropout=0.0)
-    double = wide(case.draw(torch.float32))
+    double = wide(case.draw(torch.float32, DEVICE))
     assert layerwise_ensemble_triton.declined(*double[:10]) is not None
     ours = torch.ops.levi_fast.layerwise_ensemble(*double)
     assert all(torch.equal(a, b) for a, b in zip(ours, eager_forward(*double), strict=True))
-    short = case.draw(torch.float32)
+    short = case.draw(torch.float32, DEVICE)
     short[5] = short[5][:, :-1]
     with pytest.raises(RuntimeError):
         torch.ops.levi_fast.layerwise_ensemble(*short)
 
 
 # --- drawn shapes -------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def drawn(draw: st.DrawFn) -> Case:
-    bank = draw(st.booleans())
-    size = st.integers(3, 40)  # below 3 features a LayerNorm's gradient is all cancellation
-    layers = draw(st.integers(1, 4))
-    return Case(
-        widths=(draw(size),) * layers if bank else tuple(draw(st.lists(size, min_size=layers, max_size=layers))),
-        batch=draw(st.integers(0, 40)),
-        view=draw(st.sampled_from([0, 3, 17])),
-        hidden=draw(st.sampled_from([None, 1, 9, 33])),
-        outputs=draw(st.integers(1, 20)),
-        activation=draw(st.integers(0, 3)),
-        bank=bank,
-        normalize=draw(st.booleans()),
-        mix=draw(st.booleans()),
-        keep=draw(st.booleans()),
-        dropout=draw(st.sampled_from([0.0, 0.5])),
-        zeroed=draw(st.booleans()),
-    )
 
 
 @pytest.mark.slow
