@@ -13,6 +13,7 @@ from levi_fast.auto import register_when_imported
 
 if TYPE_CHECKING:
     from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone, load_tokenizer
+    from levi_fast.cache import ActivationCache, CacheMismatchError
     from levi_fast.config import LeviConfig
     from levi_fast.errors import BackboneMismatchError, DataError
     from levi_fast.kernels import backend_report, use_backend
@@ -28,6 +29,8 @@ _HOME = {
     "DEFAULT_BACKBONE": "backbones",
     "load_backbone": "backbones",
     "load_tokenizer": "backbones",
+    "ActivationCache": "cache",
+    "CacheMismatchError": "cache",
     "LeviConfig": "config",
     "BackboneMismatchError": "errors",
     "DataError": "errors",
@@ -50,6 +53,7 @@ __all__ = [  # noqa: RUF022 (grouped as a reader meets them)
     "LeviOutput",
     "get_levi_model",
     "TapExtractor",
+    "ActivationCache",
     "LayerwiseEnsemble",
     "EnsembleOutput",
     "swap",
@@ -58,6 +62,7 @@ __all__ = [  # noqa: RUF022 (grouped as a reader meets them)
     "load_tokenizer",
     "DEFAULT_BACKBONE",
     "DataError",
+    "CacheMismatchError",
     "BackboneMismatchError",
     "backend_report",
     "use_backend",

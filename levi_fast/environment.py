@@ -43,6 +43,8 @@ ENVIRONMENT_VARIABLES: dict[str, str] = {
     "MAX_JOBS": "When installing: how many files are compiled at once.",
     "TORCH_SPEC": "For make: the torch to install, as a pip requirement.",
     "OMP_NUM_THREADS": "Threads of PyTorch and of the native CPU kernels.",
+    "RANK": "Of this process among those that build one activation cache; torchrun sets it, and the next.",
+    "WORLD_SIZE": "How many processes build one activation cache.",
     "CUDA_VISIBLE_DEVICES": "The GPUs PyTorch may see.",
     "HF_HOME": "Where transformers and datasets keep downloads.",
     "HF_HUB_OFFLINE": "1: never ask the hub; a backbone must be a folder, or downloaded or packaged already.",

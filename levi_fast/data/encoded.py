@@ -124,13 +124,19 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         seen: dict[bytes, int] = {}
         first: list[int] = []
         which = torch.empty(len(self), dtype=torch.int64)
-        for row in range(len(self)):
-            key = self._text(row).numpy().tobytes()
+        for row, key in enumerate(self.text_bytes()):
             place = seen.setdefault(key, len(first))
             if place == len(first):
                 first.append(row)
             which[row] = place
         return first, which
+
+    def text_bytes(self) -> Iterator[bytes]:
+        """Every row's token ids as int32 bytes: equal bytes are equal texts."""
+        assert self.token_ids is not None
+        data = self.token_ids.numpy().tobytes()
+        for start, length in zip((4 * self.starts).tolist(), (4 * self.lengths).tolist(), strict=True):
+            yield data[start : start + length]
 
     def _text(self, row: int) -> Tensor:
         assert self.token_ids is not None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from levi_fast.data.batching import length_batches
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.modeling import LeviModel
 
@@ -31,13 +32,9 @@ def precompute_unique_taps(
     """
     first, which = dataset.unique_texts()
     device = next(model.parameters()).device
-    by_length = sorted(range(len(first)), key=lambda place: (int(dataset.lengths[first[place]]), place))
     taps: Tensor | None = None
-    # the longest first: a machine without memory for them says so at once
-    starts = range(0, len(by_length), batch_size)
     done = 0
-    for start in reversed(starts):
-        places = by_length[start : start + batch_size]
+    for places in length_batches(dataset.lengths[first].tolist(), batch_size):
         inputs = dataset.tokens(torch.tensor([first[place] for place in places]))
         with torch.no_grad():
             pooled = model.extract_taps(**{name: value.to(device) for name, value in inputs.items()}).float().cpu()
