@@ -185,6 +185,15 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = True,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML with several configurations (lists of seed, learning_rate, label_column, ...) to "
+            "train in one pass; the best on ID validation is saved, sweep.json has all.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     loop: Annotated[
         str,
         typer.Option(
@@ -267,7 +276,12 @@ def train(
             **schedule,
         ),
     )
-    run(request, Console())
+    if sweep is not None:
+        from levi_fast.training.sweep_command import train_sweep
+
+        train_sweep(request, sweep, Console())
+    else:
+        run(request, Console())
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -88,3 +89,32 @@ def figure(value: Any, metric: str) -> str:
     if metric in ("accuracy", "macro_f1", "micro_f1", "subset_accuracy"):
         return f"{100 * value:5.1f} %"
     return f"{value:.3f}"
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One configuration: its name, its figure by split (None where there is none), and what training chose."""
+
+    name: str
+    figures: Mapping[str, float | None]
+    chosen: str
+
+
+def sweep_table(title: str, metric: str, rows: Sequence[SweepRow]) -> Table:
+    """The configurations of a sweep, best first: a row each, a column per split.
+
+    Args:
+        title: above the table.
+        metric: which metric the figures are.
+        rows: in order of rank.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("#", justify="right")
+    table.add_column("configuration")
+    for split in rows[0].figures:
+        arrow = "↓" if metric in LOWER_IS_BETTER else "↑"
+        table.add_column(f"{split} {METRIC_TITLES.get(metric, metric)} {arrow}", justify="right")
+    table.add_column("chosen on ID validation")
+    for rank, row in enumerate(rows, start=1):
+        table.add_row(str(rank), row.name, *(figure(value, metric) for value in row.figures.values()), row.chosen)
+    return table

@@ -69,55 +69,14 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
         DataError: for anything in the request or the data that cannot be used; before training starts.
     """
     started = time.perf_counter()
-    task = _load_task(request)
-    labels = task.processor.labels
-    assert labels is not None
-    if isinstance(task, TableTask):
-        known = f", {labels.num_labels} labels: {_listed(labels.names)}" if labels.names else ""
-        origin = f"inferred from column {labels.column!r}" if task.inferred else f"column {labels.column!r}"
-        console.note(f"problem type: {labels.problem_type} ({origin}){known}")
-
-    name = request.backbone or DEFAULT_BACKBONE
-    reads_text = bool(task.processor.columns.text)
-    needs_backbone = request.method != "task-model"
-    tokenizer = load_tokenizer(name) if reads_text else None
-    backbone = None
-    if needs_backbone:
-        with console.status(f"loading {name}"):
-            backbone = load_backbone(name, dtype=request.backbone_dtype)
-    with console.status("reading texts"):
-        splits = task.encode(
-            tokenizer, max_length=request.max_length, backbone_config=getattr(backbone, "config", None)
-        )
-    console.note(f"rows: {_sizes(splits)}")
-    spec = task.task_model(request.task_model, None if tokenizer is None else len(tokenizer))
-    config = build_config(task.processor, spec, request.model)
-    result = _run(request, config, splits, backbone, console)
+    prepared = prepare(request, console)
+    result = _run(request, prepared, console)
     trained, total = result.model.num_parameters_by_part()
     console.note(f"trained parameters: {trained:,} of {total:,}")
-
-    document = {
-        **run_document(result, splits, request.options.seed),
-        "backbone": portable_name(name, Path(request.output)) if needs_backbone else None,
-        "task": request.task_name or "table",
-        "max_length": task.processor.max_length if reads_text else None,
-        "trained_parameters": trained,
-        "seconds": round(time.perf_counter() - started, 3),
-        "versions": versions(),
-    }
+    document = document_of(request, prepared, result, started)
     with new_folder(request.output) as stage:
-        result.model.save_pretrained(stage, include_backbone=request.include_backbone)
-        if tokenizer is not None:
-            # what a pipeline cuts its texts to with truncation=True
-            tokenizer.model_max_length = task.processor.max_length
-            tokenizer.save_pretrained(stage)
-        task.save(stage)
-        write_metrics(stage / METRICS_FILE, document)
-        saved = LeviConfig.from_pretrained(stage)
-        columns = task.processor.columns
-        reads = (*columns.text, *columns.numeric, *columns.categorical)
-        card = model_card(document, saved, reads, request.include_backbone)
-        write_atomic(stage / "README.md", card)
+        write_model(stage, request, prepared, result, document)
+    splits = prepared.splits
     rows = [(f"ID ({splits.id_split})", _id_rows(splits), result.id)]
     rows += [(f"OOD {name}", len(splits.ood[name]), scores) for name, scores in result.ood.items()]
     blend = f", blend {result.model.config.blend:g}" if result.fit.blend or "levi" in result.method else ""
@@ -129,6 +88,95 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
         console.note("no --test file: the ID figures are those of the validation rows that chose the epoch")
     console.note(f"wrote {request.output}")
     return document
+
+
+@dataclass
+class Prepared:
+    """What a request's data and backbone came to, before anything is trained.
+
+    Args:
+        name: of the backbone.
+        backbone: frozen; None for a method without one.
+        tokenizer: None where no text is read.
+        task, splits: the data.
+        spec: of the task model, or None.
+        config: of LEVI for this task.
+    """
+
+    name: str
+    backbone: Any
+    tokenizer: Any
+    task: TableTask | MovieLensSplits
+    splits: Splits
+    spec: dict[str, Any] | None
+    config: LeviConfig
+
+    @property
+    def reads_text(self) -> bool:
+        return bool(self.task.processor.columns.text)
+
+
+def prepare(request: TrainRequest, console: Console, *, beside: Prepared | None = None) -> Prepared:
+    """Read and encode the data, and load the backbone and its tokenizer, or take them from ``beside``.
+
+    Raises:
+        DataError: for anything in the request or the data that cannot be used.
+    """
+    task = _load_task(request)
+    labels = task.processor.labels
+    assert labels is not None
+    if isinstance(task, TableTask):
+        known = f", {labels.num_labels} labels: {_listed(labels.names)}" if labels.names else ""
+        origin = f"inferred from column {labels.column!r}" if task.inferred else f"column {labels.column!r}"
+        console.note(f"problem type: {labels.problem_type} ({origin}){known}")
+    name = request.backbone or DEFAULT_BACKBONE
+    if beside is not None:
+        tokenizer, backbone = beside.tokenizer, beside.backbone
+    else:
+        tokenizer = load_tokenizer(name) if task.processor.columns.text else None
+        backbone = None
+        if request.method != "task-model":
+            with console.status(f"loading {name}"):
+                backbone = load_backbone(name, dtype=request.backbone_dtype)
+    with console.status("reading texts"):
+        splits = task.encode(
+            tokenizer, max_length=request.max_length, backbone_config=getattr(backbone, "config", None)
+        )
+    console.note(f"rows: {_sizes(splits)}")
+    spec = task.task_model(request.task_model, None if tokenizer is None else len(tokenizer))
+    config = build_config(task.processor, spec, request.model)
+    return Prepared(name, backbone, tokenizer, task, splits, spec, config)
+
+
+def document_of(request: TrainRequest, prepared: Prepared, result: MethodResult, started: float) -> dict[str, Any]:
+    """``metrics.json`` of a trained model; ``started`` is when the command did, by ``time.perf_counter``."""
+    named = portable_name(prepared.name, Path(request.output)) if prepared.backbone is not None else None
+    return {
+        **run_document(result, prepared.splits, request.options.seed),
+        "backbone": named,
+        "task": request.task_name or "table",
+        "max_length": prepared.task.processor.max_length if prepared.reads_text else None,
+        "trained_parameters": result.model.num_parameters_by_part()[0],
+        "seconds": round(time.perf_counter() - started, 3),
+        "versions": versions(),
+    }
+
+
+def write_model(
+    stage: Path, request: TrainRequest, prepared: Prepared, result: MethodResult, document: Mapping[str, Any]
+) -> None:
+    """Write a model folder's files: the model, what reads its data, ``metrics.json`` and the model card."""
+    result.model.save_pretrained(stage, include_backbone=request.include_backbone)
+    if prepared.tokenizer is not None:
+        # what a pipeline cuts its texts to with truncation=True
+        prepared.tokenizer.model_max_length = prepared.task.processor.max_length
+        prepared.tokenizer.save_pretrained(stage)
+    prepared.task.save(stage)
+    write_metrics(stage / METRICS_FILE, document)
+    saved = LeviConfig.from_pretrained(stage)
+    columns = prepared.task.processor.columns
+    reads = (*columns.text, *columns.numeric, *columns.categorical)
+    write_atomic(stage / "README.md", model_card(document, saved, reads, request.include_backbone))
 
 
 def build_config(
@@ -275,27 +323,17 @@ def _check_backbone_dtype(dtype: str | None, device: str) -> None:
         raise DataError("--backbone-dtype int8 runs on the CPU alone; add --device cpu")
 
 
-def _run(request: TrainRequest, config: LeviConfig, splits: Splits, backbone: Any, console: Console) -> MethodResult:
-    method_config(request.method, config)  # refuses a method without what it needs, before the backbone runs
-    bank = None
+def _run(request: TrainRequest, prepared: Prepared, console: Console) -> MethodResult:
     try:
-        if backbone is not None and request.precompute:
-            with console.split_progress({name: len(data) for name, data in splits.named()}) as report:
-                bank = TapBank.build(
-                    backbone,
-                    method_config(request.method, config),
-                    splits,
-                    batch_size=request.backbone_batch_size,
-                    device=resolve_device(request.options.device),
-                    progress=report,
-                )
+        method_config(request.method, prepared.config)  # refuses a method without what it needs
+        bank = build_bank(request, prepared, console) if request.precompute else None
         with console.epochs(request.method, request.options.epochs) as on_epoch:
             return run_method(
                 request.method,
-                config,
-                splits,
+                prepared.config,
+                prepared.splits,
                 request.options,
-                backbone=backbone,
+                backbone=prepared.backbone,
                 bank=bank,
                 backbone_batch_size=request.backbone_batch_size,
                 loop=request.loop,
@@ -305,6 +343,27 @@ def _run(request: TrainRequest, config: LeviConfig, splits: Splits, backbone: An
         if isinstance(error, DataError):
             raise
         raise DataError(str(error)) from error
+
+
+def build_bank(request: TrainRequest, prepared: Prepared, console: Console) -> TapBank | None:
+    """The taps that a request's method reads, of all splits; None for a method without a backbone.
+
+    Raises:
+        DataError: a method without what it needs, before the backbone runs.
+        ValueError: a tap out of range, a backbone without layers.
+    """
+    config = method_config(request.method, prepared.config)
+    if prepared.backbone is None:
+        return None
+    with console.split_progress({name: len(data) for name, data in prepared.splits.named()}) as report:
+        return TapBank.build(
+            prepared.backbone,
+            config,
+            prepared.splits,
+            batch_size=request.backbone_batch_size,
+            device=resolve_device(request.options.device),
+            progress=report,
+        )
 
 
 def _load_model(folder: str, backbone: str | None, console: Console) -> LeviModel:

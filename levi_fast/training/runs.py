@@ -127,6 +127,35 @@ class TapBank:
         assert reader.config.tap_layers is not None and reader.config.tap_widths is not None
         return cls(reader.config.tap_layers, reader.config.tap_widths, taps)
 
+    def for_splits(self, own: Splits, others: Splits) -> TapBank:
+        """The same taps for other splits of the same texts: other labels may hold other rows out for validation.
+
+        Args:
+            own: the splits that the bank was built from.
+            others: splits whose every text is in one of ``own``.
+
+        Raises:
+            ValueError: a text that the bank has no taps of.
+        """
+        place_of: dict[bytes, int] = {}
+        parts: list[Tensor] = []
+        for name, dataset in own.named():
+            offset = sum(len(part) for part in parts)
+            keys = list(dataset.text_bytes())
+            for place, row in enumerate(dataset.unique_texts()[0]):
+                place_of.setdefault(keys[row], offset + place)
+            parts.append(self.taps[name][0])
+        everything = torch.cat(parts)
+        taps = {}
+        for name, dataset in others.named():
+            first, which = dataset.unique_texts()
+            keys = list(dataset.text_bytes())
+            places = [place_of.get(keys[row], -1) for row in first]
+            if -1 in places:
+                raise ValueError(f"taps: the bank has none of row {first[places.index(-1)] + 1} of {dataset.name}")
+            taps[name] = (everything, torch.tensor(places)[which])
+        return TapBank(self.layers, self.widths, taps)
+
     def attach(self, model: LeviModel, splits: Splits) -> None:
         """Give every split the taps that a model reads.
 
