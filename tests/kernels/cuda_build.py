@@ -47,9 +47,8 @@ def find_nvcc() -> str | None:
 
 def _build(folder: Path, target: str, *options: str, jobs: int = 2) -> str:
     """Configure and build one target; what the compilers said. One build at a time in a folder."""
-    import ninja
-
     import cmake
+    import ninja
 
     tool = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
     configure = [tool, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
