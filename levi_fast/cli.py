@@ -185,6 +185,23 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = True,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the taps in this folder: filled by the first run, read by later ones, which do not load the "
+            "backbone; see levi-fast cache.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the numbers in --cache: float32, bfloat16 or int8.",
+            show_default="float32, or what is there",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     sweep: Annotated[
         str | None,
         typer.Option(
@@ -263,6 +280,8 @@ def train(
         task_model=task_model,
         max_length=max_length,
         precompute=precompute,
+        cache=cache,
+        cache_dtype=cache_dtype,
         include_backbone=include_backbone,
         backbone_batch_size=backbone_batch_size,
         loop=loop,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from levi_fast import functional
-from levi_fast.backbones import backbone_name, fingerprint, load_backbone
+from levi_fast.backbones import BackboneRecord, backbone_name, fingerprint, load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.errors import BackboneMismatchError, DataError
 from levi_fast.model_folder import (
@@ -392,13 +392,14 @@ class LeviModel(PreTrainedModel):
 
 
 def get_levi_model(
-    backbone: nn.Module | str | None, config: LeviConfig, task_model: nn.Module | None = None
+    backbone: nn.Module | str | BackboneRecord | None, config: LeviConfig, task_model: nn.Module | None = None
 ) -> LeviModel:
     """Wrap a backbone: freeze it, resolve the taps, build the ensemble (and the task model, if not given).
 
     Args:
         backbone: a transformers model (or any module with one stack of layers), a hub id or folder to load it
-            from, or None with ``taps="none"``. It is frozen in place, not copied.
+            from, or None with ``taps="none"``. It is frozen in place, not copied. A ``BackboneRecord`` gives a model
+            without the backbone, for precomputed ``taps``, that is saved as if it had it.
         config: a :class:`LeviConfig`; a completed copy of it ends up as ``model.config``.
         task_model: a module that returns [B, V] from keyword tensors; None builds ``config.task_model``'s
             specification, or goes without a view where that is None too.
@@ -426,6 +427,11 @@ def get_levi_model(
         return LeviModel(config, None, task_model)
     if backbone is None:
         raise ValueError("backbone: expected a model or a name; only taps='none' goes without")
+    if isinstance(backbone, BackboneRecord):
+        config.tap_layers, config.tap_widths = backbone.resolve(config.taps)
+        config.backbone, config.backbone_dtype = backbone.name, backbone.dtype
+        config.backbone_fingerprint = backbone.fingerprint
+        return LeviModel(config, None, task_model)
     if isinstance(backbone, str):
         config.backbone = backbone
         backbone = load_backbone(backbone, dtype=config.backbone_dtype)

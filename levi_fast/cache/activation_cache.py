@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from levi_fast.backbones import backbone_name, fingerprint, load_backbone
 from levi_fast.cache.build import Builder, Job, Progress, probe
 from levi_fast.cache.estimate import Estimate
 from levi_fast.cache.key import config_key, preprocessor_key
+from levi_fast.cache.lookup import find_rows
 from levi_fast.cache.manifest import DTYPES, FileEntry, Manifest, row_bytes
 from levi_fast.cache.plan import BATCH_SIZE, BATCHES_PER_SHARD, find_sources, plan_parts
 from levi_fast.cache.ranks import World
 from levi_fast.cache.reading import RESIDENT_BYTES, CachedTaps, open_part
+from levi_fast.cache.rows import EncodedRows
 from levi_fast.cache.store import Store, damage, open_store, read_manifest
 from levi_fast.cache.weights import describe_files, weight_files
+from levi_fast.data.encoded import EncodedDataset
 from levi_fast.errors import DataError
 from levi_fast.quantization import backbone_dtype as kept_dtype
 from levi_fast.taps import Pooling, TapExtractor
@@ -211,6 +214,23 @@ class ActivationCache(Mapping[str, CachedTaps]):
         """
         return self._damages(checksum=True)
 
+    def find(self, dataset: EncodedDataset, name: str = "data") -> tuple[CachedTaps, Tensor]:
+        """The taps of a data set's rows, found by their content: see :func:`levi_fast.cache.lookup.find_rows`.
+
+        Args:
+            dataset: tokenised as the cached ones were, which the caller sees to.
+            name: of the part to look in first.
+
+        Returns:
+            taps, and int64 ``[N]``: which of their entries each row uses.
+
+        Raises:
+            DataError: rows that are not in the cache.
+        """
+        if self.manifest.key["views"] != 1:
+            raise DataError(f"cache: {self.path} holds random draws, which no content finds; use its rows")
+        return find_rows(self, self.manifest, EncodedRows(dataset).digests(), name)
+
     def __getitem__(self, name: str) -> CachedTaps:
         if name not in self._parts:
             part = self.manifest.parts[name]
@@ -242,6 +262,11 @@ def damages(store: Store, files: list[FileEntry], *, checksum: bool) -> list[Dam
 def _damaged(path: str, broken: list[Damage]) -> str:
     shown = "; ".join(map(str, broken[:3])) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
     return f"cache: {path} is damaged: {shown}; building it again with the same arguments rebuilds only that"
+
+
+def _shown_name(name: str | None) -> str | None:
+    """A hub id; of a folder its last part alone, as a cache may move or be shared."""
+    return Path(name).name if name is not None and Path(name).is_dir() else name
 
 
 def _job(
@@ -301,7 +326,7 @@ def _job(
         "data": {part: source.data_key() for part, source in sources.items()},
     }
     about = {
-        "name": backbone_name(extractor.backbone),
+        "name": _shown_name(backbone_name(extractor.backbone)),
         "num_layers": len(extractor.blocks),
         "widths": widths,
         "loaded_as": backbone_dtype,

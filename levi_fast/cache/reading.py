@@ -112,7 +112,7 @@ class CachedTaps:
         missing = sorted(set(wanted) - set(layers))
         if missing:
             raise ValueError(f"layers: expected some of {layers}, got {missing}")
-        self._mapped, self.rows, self.digests, self._all_layers = mapped, rows, digests, layers
+        self.mapped, self.rows, self.digests, self._all_layers = mapped, rows, digests, layers
         self.layers = list(wanted)
         widths = dict(zip(layers, mapped.widths, strict=True))
         self.widths = [widths[layer] for layer in wanted]
@@ -128,10 +128,10 @@ class CachedTaps:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         out = torch.empty(len(rows), self.shape[1])
-        shard_of = torch.bucketize(rows, self._mapped.starts, right=True) - 1
+        shard_of = torch.bucketize(rows, self.mapped.starts, right=True) - 1
         for place in shard_of.unique().tolist():
             here = (shard_of == place).nonzero().flatten()
-            out[here] = self._narrow(self._mapped.gather(place, rows[here] - self._mapped.starts[place]))
+            out[here] = self._narrow(self.mapped.gather(place, rows[here] - self.mapped.starts[place]))
         return out
 
     def select(self, layers: list[int]) -> CachedTaps:
@@ -140,7 +140,7 @@ class CachedTaps:
         Raises:
             ValueError: a layer that is not stored.
         """
-        return CachedTaps(self._mapped, self.rows, self.digests, self._all_layers, layers)
+        return CachedTaps(self.mapped, self.rows, self.digests, self._all_layers, layers)
 
     def load(self) -> Tensor:
         """All entries in memory, float32 ``[U, sum of widths]``; shards are unmapped one by one."""
@@ -153,9 +153,9 @@ class CachedTaps:
 
     def chunks(self) -> Iterator[Tensor]:
         """Float32 entries in stored order, a shard at a time, at the disk's speed; not to be written to."""
-        for place in range(len(self._mapped.shards)):
-            yield self._narrow(self._mapped.gather(place, slice(None)))
-            self._mapped.close()
+        for place in range(len(self.mapped.shards)):
+            yield self._narrow(self.mapped.gather(place, slice(None)))
+            self.mapped.close()
 
     def _narrow(self, taps: Tensor) -> Tensor:
         return taps if self._columns is None else taps[:, self._columns]

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from levi_fast.errors import DataError
+
+
+class TapSource(Protocol):
+    """Taps ``[U, sum of tap widths]``: a tensor, or what is indexed like one and answers with tensors in memory."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
 
 
 class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -56,7 +64,7 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             self.starts = self.lengths.cumsum(0) - self.lengths
             parts = [np.asarray(row, dtype=np.int32) for row in token_ids]
             self.token_ids = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int32), *parts]))
-        self._taps: Tensor | None = None
+        self._taps: TapSource | None = None
         self._tap_rows: Tensor | None = None
         self._wanted: Callable[[str], bool] | None = None
         sizes = {key: len(value) for key, value in self.features.items()}
@@ -75,7 +83,7 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def has_taps(self) -> bool:
         return self._taps is not None
 
-    def set_taps(self, taps: Tensor | None, rows: Tensor | None = None, *, keep_tokens: bool = True) -> None:
+    def set_taps(self, taps: TapSource | None, rows: Tensor | None = None, *, keep_tokens: bool = True) -> None:
         """Attach precomputed taps, so that batches carry ``taps`` and the backbone is not needed.
 
         Args:
@@ -92,7 +100,7 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         """The attached taps, ``[N, sum of tap widths]``."""
         if self._taps is None:
             raise ValueError(f"{self.name}: no taps are attached")
-        return self._taps if self._tap_rows is None else self._taps[self._tap_rows]
+        return self._taps[torch.arange(len(self)) if self._tap_rows is None else self._tap_rows]
 
     def tap_source(self) -> Any:
         """What taps are gathered from, ``[U, sum of tap widths]``: a tensor, or a cache's taps; None without taps."""

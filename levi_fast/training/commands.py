@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone, load_tokenizer
+from levi_fast.backbones import (
+    DEFAULT_BACKBONE,
+    BackboneRecord,
+    load_backbone,
+    load_backbone_config,
+    load_tokenizer,
+)
+from levi_fast.cache.manifest import DTYPES
 from levi_fast.config import LeviConfig
 from levi_fast.data.preprocessing import TableProcessor, warn_truncated
 from levi_fast.data.tables import Columns, read_table
@@ -25,6 +33,7 @@ from levi_fast.report.metrics_file import METRICS_FILE, versions, write_metrics
 from levi_fast.report.model_card import model_card
 from levi_fast.report.tables import split_table
 from levi_fast.storage import write_atomic
+from levi_fast.training.cached import CacheRequest, cached_taps
 from levi_fast.training.fit import TrainingOptions, check_loop, resolve_device
 from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.prediction import predict, readable_predictions
@@ -52,6 +61,8 @@ class TrainRequest:
     task_model: str = "auto"
     max_length: int | None = None
     precompute: bool = True
+    cache: str | None = None
+    cache_dtype: str | None = None
     include_backbone: bool = False
     backbone_batch_size: int = 32
     loop: str = "auto"
@@ -69,10 +80,12 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
         DataError: for anything in the request or the data that cannot be used; before training starts.
     """
     started = time.perf_counter()
+    require_new_folder(request.output)
     prepared = prepare(request, console)
     result = _run(request, prepared, console)
     trained, total = result.model.num_parameters_by_part()
-    console.note(f"trained parameters: {trained:,} of {total:,}")
+    loaded = f" of {total:,}" if request.cache is None else "; the backbone's taps came from the cache"
+    console.note(f"trained parameters: {trained:,}{loaded}")
     document = document_of(request, prepared, result, started)
     with new_folder(request.output) as stage:
         write_model(stage, request, prepared, result, document)
@@ -96,7 +109,8 @@ class Prepared:
 
     Args:
         name: of the backbone.
-        backbone: frozen; None for a method without one.
+        backbone: frozen; None for a method without one; a record of it where its taps come from a cache (None before
+            :func:`build_bank` has opened that).
         tokenizer: None where no text is read.
         task, splits: the data.
         spec: of the task model, or None.
@@ -104,12 +118,16 @@ class Prepared:
     """
 
     name: str
-    backbone: Any
+    backbone: nn.Module | BackboneRecord | None
     tokenizer: Any
     task: TableTask | MovieLensSplits
     splits: Splits
     spec: dict[str, Any] | None
     config: LeviConfig
+
+    @property
+    def loaded_backbone(self) -> nn.Module | None:
+        return self.backbone if isinstance(self.backbone, nn.Module) else None
 
     @property
     def reads_text(self) -> bool:
@@ -122,7 +140,7 @@ def prepare(request: TrainRequest, console: Console, *, beside: Prepared | None 
     Raises:
         DataError: for anything in the request or the data that cannot be used.
     """
-    task = _load_task(request)
+    task = load_task(request)
     labels = task.processor.labels
     assert labels is not None
     if isinstance(task, TableTask):
@@ -135,13 +153,13 @@ def prepare(request: TrainRequest, console: Console, *, beside: Prepared | None 
     else:
         tokenizer = load_tokenizer(name) if task.processor.columns.text else None
         backbone = None
-        if request.method != "task-model":
+        # where its taps come from a cache, only a folder that is to hold the backbone needs it
+        if request.method != "task-model" and (request.cache is None or request.include_backbone):
             with console.status(f"loading {name}"):
                 backbone = load_backbone(name, dtype=request.backbone_dtype)
+    backbone_config = getattr(backbone, "config", None) if request.cache is None else load_backbone_config(name)
     with console.status("reading texts"):
-        splits = task.encode(
-            tokenizer, max_length=request.max_length, backbone_config=getattr(backbone, "config", None)
-        )
+        splits = task.encode(tokenizer, max_length=request.max_length, backbone_config=backbone_config)
     console.note(f"rows: {_sizes(splits)}")
     spec = task.task_model(request.task_model, None if tokenizer is None else len(tokenizer))
     config = build_config(task.processor, spec, request.model)
@@ -276,13 +294,18 @@ def evaluate(
     return document
 
 
-def _load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
-    require_new_folder(request.output)
+def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
+    """Check a request, and read its data.
+
+    Raises:
+        DataError: for what cannot be used.
+    """
     if request.method not in METHODS:
         raise DataError(f"--method: expected one of {', '.join(METHODS)}, got {request.method!r}")
     if request.method == "linear-probe" and "taps" in request.model:
         raise DataError("--taps: the linear probe reads the last layer; use --method taps-only for other layers")
     _check_backbone_dtype(request.backbone_dtype, request.options.device)
+    _check_cache(request)
     check_loop(request.loop, request.method != "task-model" and not request.precompute)
     if request.include_backbone and request.method == "task-model":
         raise DataError("--include-backbone: --method task-model has no backbone to include")
@@ -311,6 +334,37 @@ def _load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         problem_type=request.problem_type,
         label_separator=request.label_separator,
         seed=request.options.seed,
+    )
+
+
+def _check_cache(request: TrainRequest) -> None:
+    if request.cache is None:
+        if request.cache_dtype is not None:
+            raise DataError("--cache-dtype: only with --cache")
+        return
+    if request.method == "task-model":
+        raise DataError("--cache: --method task-model reads no taps")
+    if not request.precompute:
+        raise DataError("--cache: --no-precompute runs the backbone in every epoch; leave out one of them")
+    if request.cache_dtype is not None and request.cache_dtype not in DTYPES:
+        raise DataError(f"--cache-dtype: expected one of {', '.join(DTYPES)}, got {request.cache_dtype!r}")
+
+
+def cache_request(request: TrainRequest, tokenizer: Any, max_length: int) -> CacheRequest:
+    """The part of a request that its taps depend on."""
+    assert request.cache is not None
+    return CacheRequest(
+        folder=request.cache,
+        backbone=request.backbone or DEFAULT_BACKBONE,
+        backbone_dtype=request.backbone_dtype,
+        # the linear probe reads the last layer of whatever is there
+        taps=None if request.method == "linear-probe" else request.model.get("taps", "all"),
+        pooling=request.model.get("pooling", "mean"),
+        tokenizer=tokenizer,
+        max_length=max_length,
+        dtype=request.cache_dtype,
+        batch_size=request.backbone_batch_size,
+        device=resolve_device(request.options.device),
     )
 
 
@@ -349,11 +403,16 @@ def build_bank(request: TrainRequest, prepared: Prepared, console: Console) -> T
     """The taps that a request's method reads, of all splits; None for a method without a backbone.
 
     Raises:
-        DataError: a method without what it needs, before the backbone runs.
+        DataError: a method without what it needs, before the backbone runs; a cache of something else.
         ValueError: a tap out of range, a backbone without layers.
     """
     config = method_config(request.method, prepared.config)
-    if prepared.backbone is None:
+    if request.cache is not None:
+        wanted = cache_request(request, prepared.tokenizer, prepared.task.processor.max_length)
+        record, bank = cached_taps(wanted, prepared.splits, console)
+        prepared.backbone = prepared.backbone or record
+        return bank
+    if not isinstance(prepared.backbone, nn.Module):
         return None
     with console.split_progress({name: len(data) for name, data in prepared.splits.named()}) as report:
         return TapBank.build(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from levi_fast.cache import CachedTaps
 from levi_fast.data.batching import length_batches
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.modeling import LeviModel
@@ -57,7 +58,9 @@ def precompute_taps(
     return taps[which]
 
 
-def slice_taps(taps: Tensor, layers: list[int], widths: list[int], wanted: list[int]) -> Tensor:
+def slice_taps(
+    taps: Tensor | CachedTaps, layers: list[int], widths: list[int], wanted: list[int]
+) -> Tensor | CachedTaps:
     """From taps of many layers, ``[N, sum of widths]``, those of some: how methods share one pass of the backbone.
 
     Raises:
@@ -68,5 +71,7 @@ def slice_taps(taps: Tensor, layers: list[int], widths: list[int], wanted: list[
         raise ValueError(f"layers: expected some of {layers}, got {missing}")
     if list(wanted) == list(layers):
         return taps
+    if isinstance(taps, CachedTaps):
+        return taps.select(wanted)
     columns = dict(zip(layers, torch.split(taps, widths, dim=1), strict=True))
     return torch.cat([columns[layer] for layer in wanted], dim=1)

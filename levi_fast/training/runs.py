@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
+from levi_fast.backbones import BackboneRecord
+from levi_fast.cache import ActivationCache, CachedTaps
 from levi_fast.config import LeviConfig
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.errors import DataError
@@ -100,11 +103,27 @@ class TapBank:
 
     Args:
         layers, widths: what was tapped.
-        taps: per split name, taps ``[U, sum of widths]`` and ``[N]``, which of the U each row uses.
+        taps: per split name, taps ``[U, sum of widths]``, in memory or a cache's, and ``[N]``, which of the U each
+            row uses.
     """
 
-    def __init__(self, layers: list[int], widths: list[int], taps: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, layers: list[int], widths: list[int], taps: dict[str, tuple[Tensor | CachedTaps, Tensor]]
+    ) -> None:
         self.layers, self.widths, self.taps = layers, widths, taps
+        self.cache: ActivationCache | None = None
+
+    @classmethod
+    def from_cache(cls, cache: ActivationCache, splits: Splits) -> TapBank:
+        """The taps of a cache, memory-mapped; rows are found by their content.
+
+        Raises:
+            DataError: a text that is not in the cache; names its row.
+        """
+        taps = {name: cache.find(dataset, name) for name, dataset in splits.named()}
+        bank = cls(cache.layers, cache.widths, dict(taps))
+        bank.cache = cache
+        return bank
 
     @classmethod
     def build(
@@ -120,7 +139,7 @@ class TapBank:
         """Run every split's texts through the backbone once, reading ``config.taps``."""
         reader = get_levi_model(backbone, method_config("taps-only", config))
         move(reader, device or torch.device("cpu"))
-        taps = {}
+        taps: dict[str, tuple[Tensor | CachedTaps, Tensor]] = {}
         for name, dataset in splits.named():
             report = None if progress is None else _bound(progress, name)
             taps[name] = precompute_unique_taps(reader, dataset, batch_size=batch_size, progress=report)
@@ -137,6 +156,8 @@ class TapBank:
         Raises:
             ValueError: a text that the bank has no taps of.
         """
+        if self.cache is not None:
+            return TapBank.from_cache(self.cache, others)
         place_of: dict[bytes, int] = {}
         parts: list[Tensor] = []
         for name, dataset in own.named():
@@ -144,9 +165,9 @@ class TapBank:
             keys = list(dataset.text_bytes())
             for place, row in enumerate(dataset.unique_texts()[0]):
                 place_of.setdefault(keys[row], offset + place)
-            parts.append(self.taps[name][0])
+            parts.append(cast(Tensor, self.taps[name][0]))
         everything = torch.cat(parts)
-        taps = {}
+        taps: dict[str, tuple[Tensor | CachedTaps, Tensor]] = {}
         for name, dataset in others.named():
             first, which = dataset.unique_texts()
             keys = list(dataset.text_bytes())
@@ -184,7 +205,7 @@ def run_method(
     splits: Splits,
     options: TrainingOptions,
     *,
-    backbone: nn.Module | None,
+    backbone: nn.Module | BackboneRecord | None,
     bank: TapBank | None,
     backbone_batch_size: int = 32,
     loop: str = "auto",
@@ -197,7 +218,7 @@ def run_method(
         config: that of LEVI for this task; see :func:`method_config`.
         splits: encoded data with labels.
         options: the budget, the same for all methods.
-        backbone: frozen; None for ``task-model``.
+        backbone: frozen; None for ``task-model``; a record of it where ``bank`` has its taps.
         bank: precomputed taps; None runs the backbone in every epoch.
         backbone_batch_size: texts per forward pass of the backbone where it runs for predictions.
         loop: see :func:`levi_fast.training.fit.fit`.

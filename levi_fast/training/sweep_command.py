@@ -110,11 +110,11 @@ def _label_columns(
         prepared = prepare(asked, console, beside=columns[0].prepared if columns else None)
         settings = [_settings(asked, prepared, configuration) for configuration in chosen]
         try:
-            model = get_levi_model(prepared.backbone, method_config(request.method, prepared.config))
             if not columns:
                 bank = first_bank = build_bank(asked, prepared, console)
             elif first_bank is not None:
                 bank = first_bank.for_splits(columns[0].prepared.splits, prepared.splits)
+            model = get_levi_model(prepared.backbone, method_config(request.method, prepared.config))
         except DataError:
             raise
         except ValueError as error:  # a tap out of range, a backbone without layers
@@ -146,7 +146,7 @@ def _settings(request: TrainRequest, prepared: Prepared, configuration: Configur
 def _write_best(folder: Path, column: LabelColumn, best: HeadResult, count: int, started: float) -> None:
     assert best.fit is not None
     method = column.request.method
-    result = MethodResult(method, best.model(column.prepared.backbone), best.fit, best.id, best.ood)
+    result = MethodResult(method, best.model(column.prepared.loaded_backbone), best.fit, best.id, best.ood)
     request = replace(column.request, options=best.head.options)
     document = document_of(request, column.prepared, result, started)
     document["sweep"] = {"configuration": best.head.name, "of": count}

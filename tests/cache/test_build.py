@@ -116,7 +116,7 @@ class TestReading:
         whole = taps.load()
         for row in range(len(taps)):
             assert torch.equal(taps[torch.tensor([row])], whole[row : row + 1])
-            assert len(taps._mapped._open) <= 2
+            assert len(taps.mapped._open) <= 2
 
     @pytest.mark.parametrize("protocol", ["memory", "file"])
     def test_addresses(self, tmp_path: Path, backbone: torch.nn.Module, texts: Texts, protocol: str) -> None:
