@@ -110,8 +110,7 @@ def register() -> None:
         runs = connected(NAMESPACE)
         if triton_dispatch.unavailable("cuda") is not None:
             serve()
-            runs |= {ensemble_op.NAME: ensemble_op._run_op, loss_op.NAME: loss_op._run_op}
-            runs[pool_op.NAME] = torch.ops.levi_fast.masked_mean_pool.default
+            runs = {module.NAME: module._run_op for module in (pool_op, ensemble_op, loss_op)}
     for op in (pool_op.NAME, ensemble_op.NAME, loss_op.NAME):
         registry.add(op, Implementation("cuda", runs.get(op, _never), unavailable))
 

@@ -311,6 +311,8 @@ def layerwise_ensemble(
     arguments = (taps, view, view_keep, tap_weight, view_weight, bias, output_weight, output_bias, mix_weights,
                  hidden_keep, activation, normalize, dropout, zeroed_view)  # fmt: skip
     backend = registry.requested_backend()
+    if backend is not None:
+        registry.refuse_transforms(NAME, backend, *taps, *arguments[1:10])
     run = _run_best if backend is None else forced(NAME, backend, tap_weight)
     return run(*arguments)
 

@@ -141,6 +141,7 @@ def layerwise_loss(layer_logits: Tensor, target: Tensor, problem: int) -> Tensor
     """
     backend = registry.requested_backend()
     if backend is not None:
+        registry.refuse_transforms(NAME, backend, layer_logits, target)
         return forced(NAME, backend, layer_logits)(layer_logits, target, problem)
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     if not torch.compiler.is_compiling() and (

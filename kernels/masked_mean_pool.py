@@ -186,7 +186,7 @@ def _register() -> None:
     torch.library.register_autograd(backward, _second_derivative, lib=LIBRARY)
     register(
         NAME,
-        Implementation("cpp", torch.ops.levi_fast.masked_mean_pool.default, _cpp_unavailable),
+        Implementation("cpp", _run_op, _cpp_unavailable),
         Implementation("eager", _Eager.apply, lambda device: None),
     )
 
@@ -197,11 +197,15 @@ def _cpp_unavailable(device: str) -> str | None:
     return _NATIVE_MISSING or None
 
 
+def _run_op(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    return call(_OP, hidden, mask)
+
+
 def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """The op, by the backend asked for or else by the best one; see :func:`levi_fast.functional.masked_mean_pool`."""
     backend = requested_backend()
     if backend is None:
-        return call(_OP, hidden, mask)
+        return _run_op(hidden, mask)
     return forced(NAME, backend, hidden)(hidden, mask)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from levi_fast.kernels import native, registry
 from levi_fast.kernels.schemas import SCHEMAS
 
@@ -22,6 +24,10 @@ from levi_fast.kernels.triton_dispatch import register as _register_triton  # no
 
 _register_triton()  # before the CUDA C++ kernels: the order is the preference
 _register_cuda()
+# Here, and not at the first call: torch.compile would guard on "not read yet" and compile that call twice. A value
+# that names no backend is an error at the calls, not at the import: `levi-fast env` has to be able to show it.
+with contextlib.suppress(BackendUnavailableError):
+    registry.requested_backend()
 
 __all__ = [
     "BackendUnavailableError",

@@ -51,12 +51,21 @@ class OpReport:
 
 
 _ops: dict[str, dict[str, Implementation]] = {}
+# Why each cannot serve each device type, asked once: Dynamo reads a dictionary, and could not trace the asking.
+_reasons: dict[tuple[str, str, str], str | None] = {}
+
+
+def _ask(op: str, implementation: Implementation) -> None:
+    for device in DEVICES:
+        _reasons[op, implementation.backend, device] = implementation.unavailable(device)
 
 
 def register(op: str, *implementations: Implementation) -> None:
     """Make an op known, with its implementations from the most to the least preferred; "eager" comes last."""
     assert implementations[-1].backend == "eager", op
     _ops[op] = {implementation.backend: implementation for implementation in implementations}
+    for implementation in implementations:
+        _ask(op, implementation)
 
 
 def add(op: str, implementation: Implementation) -> None:
@@ -65,12 +74,15 @@ def add(op: str, implementation: Implementation) -> None:
     eager = implementations.pop("eager")
     implementations[implementation.backend] = implementation
     implementations["eager"] = eager
+    _ask(op, implementation)
 
 
 def _why_not(op: str, backend: str, device: str) -> str | None:
     implementation = _ops[op].get(backend)
     if implementation is None:
         return f"{op} has no {backend} implementation in this version of levi_fast"
+    if device in DEVICES:
+        return _reasons[op, backend, device]
     return implementation.unavailable(device)
 
 
@@ -172,6 +184,21 @@ def forced(op: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
     if reason is not None:
         raise BackendUnavailableError(f"{op} was asked of backend {backend!r}, which cannot serve it: {reason}")
     return _ops[op][backend].run
+
+
+def refuse_transforms(op: str, backend: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError where torch.func's transforms or forward mode meet a compiled backend asked for by name.
+
+    Asked for nothing, the ops go to plain PyTorch there, which serves every transform.
+    """
+    if backend == "eager" or torch.compiler.is_compiling():
+        return
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if forward_ad._current_level >= 0 or any(t is not None and wrapped(t) for t in tensors):
+        raise RuntimeError(
+            f"{op}: the {backend} kernels do not serve torch.func's transforms or forward-mode derivatives; leave "
+            "the backend to auto, or ask for eager"
+        )
 
 
 # Only torch.library uses this guard in public; where a torch has lost it, calls take the ordinary way.

@@ -32,6 +32,7 @@ from levi_fast.kernels.layerwise_loss import eager_forward as eager_loss
 from levi_fast.kernels.masked_mean_pool import NAME as POOL
 from levi_fast.kernels.masked_mean_pool import _check_backward as check_pool_backward
 from levi_fast.kernels.masked_mean_pool import _check_forward as check_pool
+from levi_fast.kernels.masked_mean_pool import _run_op as run_pool
 from levi_fast.kernels.registry import LIBRARY, Implementation
 
 SWITCH = "LEVI_FAST_TRITON"
@@ -153,7 +154,7 @@ OPS = {
 def register() -> None:
     """Make Triton known to the registry, and the dispatcher's choice on GPUs where it can serve."""
     runs: dict[str, Callable[..., Any]] = {
-        POOL: torch.ops.levi_fast.masked_mean_pool.default,
+        POOL: run_pool,
         ENSEMBLE: run_ensemble,
         LOSS: run_loss,
     }
