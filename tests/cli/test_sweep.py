@@ -68,6 +68,26 @@ def test_the_best_head_is_saved_and_equals_its_own_run(
     assert status == 0, err
 
 
+def test_a_sweep_on_a_cache_does_not_load_the_backbone(
+    levi_fast: Run, train_arguments: list[str], tmp_path: Path, two_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*with_validation(train_arguments, tmp_path), "--cache", str(tmp_path / "cache")]
+    own = ["--seed", "5", "--output", str(tmp_path / "own")]
+    assert levi_fast(*arguments, *own)[0] == 0  # builds the cache
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the backbone was loaded")
+
+    monkeypatch.setattr("levi_fast.training.commands.load_backbone", refuse)
+    monkeypatch.setattr("levi_fast.training.cached.load_backbone", refuse)
+    (tmp_path / "sweep.yaml").write_text("seed: [5, 6]")
+    status, _, err = levi_fast(*arguments, "--sweep", str(tmp_path / "sweep.yaml"))
+    assert status == 0, err
+    heads = {head["name"]: head for head in read(tmp_path / "model" / "sweep.json")["columns"][0]["heads"]}
+    alone = read(tmp_path / "own" / "metrics.json")
+    assert (heads["seed=5"]["id"], heads["seed=5"]["ood"]) == (alone["id"], alone["ood"])
+
+
 def test_several_label_columns_write_a_folder_each(
     levi_fast: Run, train_arguments: list[str], tmp_path: Path
 ) -> None:
