@@ -10,6 +10,39 @@ from typing import Annotated, Any
 
 import typer
 
+from levi_fast.cli_cache import cache_app
+from levi_fast.cli_options import (
+    DATA,
+    MODEL,
+    RUN,
+    TRAINING,
+    BackboneBatchOption,
+    BackboneDtypeOption,
+    BackboneOption,
+    CategoricalColumnOption,
+    DeviceOption,
+    LabelColumnOption,
+    LabelSeparatorOption,
+    MaxLengthOption,
+    NumericColumnOption,
+    OodOption,
+    PoolingOption,
+    ProblemTypeOption,
+    SeedOption,
+    SplitOption,
+    TapsOption,
+    TaskDataOption,
+    TaskNameOption,
+    TestOption,
+    TextColumnOption,
+    ThreadsOption,
+    TrainFileOption,
+    ValidationOption,
+    data_fields,
+    parse_blend,
+    parse_taps,
+    prepare_libraries,
+)
 from levi_fast.errors import BackboneMismatchError, DataError
 
 app = typer.Typer(
@@ -20,123 +53,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-DATA = "Data"
-MODEL = "Model"
-TRAINING = "Training"
-RUN = "Run"
-
-DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu or cuda.", rich_help_panel=RUN)]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; as many as torch takes by default.", rich_help_panel=RUN)
-]
-BackboneBatchOption = Annotated[
-    int, typer.Option(min=1, help="Texts per forward pass of the backbone.", rich_help_panel=RUN)
-]
+app.add_typer(cache_app, name="cache")
 
 
 @app.command()
 def train(
     output: Annotated[str, typer.Option(help="New folder for the model and metrics.json.", rich_help_panel=RUN)],
-    train_file: Annotated[
-        str | None,
-        typer.Option(
-            "--train", metavar="FILE", help="Training rows: .csv, .tsv, .jsonl or .parquet.", rich_help_panel=DATA
-        ),
-    ] = None,
-    validation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="ID rows that choose the epoch and the blend; by default a tenth of --train, class by class.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    test: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="ID test rows; by default the validation rows are reported.", rich_help_panel=DATA
-        ),
-    ] = None,
-    ood: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="A named out-of-distribution file; repeatable.", rich_help_panel=DATA),
-    ] = None,
-    text_column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="C", help="Text; repeatable, joined with a newline.", rich_help_panel=DATA),
-    ] = None,
-    numeric_column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="C", help="Numbers for the task model; repeatable.", rich_help_panel=DATA),
-    ] = None,
-    categorical_column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="C", help="Categories for the task model; repeatable.", rich_help_panel=DATA),
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(metavar="C", help="What is predicted.", rich_help_panel=DATA)
-    ] = None,
-    problem_type: Annotated[
-        str | None,
-        typer.Option(
-            help="single_label_classification, multi_label_classification or regression; inferred by default: text, "
-            "truth values and up to 100 different whole numbers are classes, lists are multi-label, other numbers "
-            "are regression.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    label_separator: Annotated[
-        str, typer.Option(help="Between the labels of a text cell (multi-label).", rich_help_panel=DATA)
-    ] = "|",
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens per text, longer ones are cut; 256, or what the backbone takes if that is less.",
-            show_default="256",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    task_name: Annotated[
-        str | None, typer.Option(help="A named data set in place of --train: movielens.", rich_help_panel=DATA)
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The folder of the named data set.", rich_help_panel=DATA)
-    ] = None,
-    split: Annotated[
-        str, typer.Option(help="movielens: what is held out as OOD, genres or years.", rich_help_panel=DATA)
-    ] = "genres",
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID|FOLDER",
-            help="Pre-trained model, kept frozen.",
-            show_default="sentence-transformers/all-MiniLM-L6-v2",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    backbone_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or int8 (CPU): fewer bits are faster and change the taps a little; the model "
-            "remembers.",
-            show_default="as the checkpoint has it",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    train_file: TrainFileOption = None,
+    validation: ValidationOption = None,
+    test: TestOption = None,
+    ood: OodOption = None,
+    text_column: TextColumnOption = None,
+    numeric_column: NumericColumnOption = None,
+    categorical_column: CategoricalColumnOption = None,
+    label_column: LabelColumnOption = None,
+    problem_type: ProblemTypeOption = None,
+    label_separator: LabelSeparatorOption = "|",
+    max_length: MaxLengthOption = None,
+    task_name: TaskNameOption = None,
+    data: TaskDataOption = None,
+    split: SplitOption = "genres",
+    backbone: BackboneOption = None,
+    backbone_dtype: BackboneDtypeOption = None,
     method: Annotated[
         str,
         typer.Option(help="levi, or a baseline: linear-probe, taps-only, task-model.", rich_help_panel=MODEL),
     ] = "levi",
-    taps: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers to read: all, last, even:4, or indices from 0 such as 0,2,-1.",
-            show_default="all",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    pooling: Annotated[str, typer.Option(help="Over tokens: mean, cls or last.", rich_help_panel=MODEL)] = "mean",
+    taps: TapsOption = None,
+    pooling: PoolingOption = "mean",
     task_model: Annotated[
         str,
         typer.Option(
@@ -219,7 +163,7 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=TRAINING)] = 0,
+    seed: SeedOption = 0,
     include_backbone: Annotated[
         bool,
         typer.Option(
@@ -233,18 +177,16 @@ def train(
     num_threads: ThreadsOption = None,
 ) -> None:
     """Fine-tune on your own files (or a named data set) and report ID and OOD metrics."""
-    from levi_fast.data.tables import Columns
     from levi_fast.training.output import require_new_folder
 
     require_new_folder(output)
-    if task_name is not None and (train_file or validation or test or ood or text_column or label_column):
-        raise DataError("--task-name brings its own data: leave out --train, --validation, --test, --ood and columns")
-    if task_name is None and data is not None:
-        raise DataError("--data: only with --task-name; give your own files with --train")
-    oods = parse_ood(ood or [])
-    columns = Columns(
-        tuple(text_column or ()), tuple(numeric_column or ()), tuple(categorical_column or ()), label_column
-    )
+    prepare_libraries(num_threads)
+    fields = data_fields(
+        train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
+        numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,
+        problem_type=problem_type, label_separator=label_separator, max_length=max_length, task_name=task_name,
+        data=data, split=split,
+    )  # fmt: skip
     model_fields: dict[str, Any] = {
         "pooling": pooling,
         "hidden_width": hidden_width or None,
@@ -255,30 +197,22 @@ def train(
     if taps is not None:
         model_fields["taps"] = parse_taps(taps)
     weight = parse_blend(blend)
-    _prepare(num_threads)
 
     from levi_fast.report.console import Console
-    from levi_fast.training.commands import TrainRequest
     from levi_fast.training.commands import train as run
     from levi_fast.training.fit import TrainingOptions
-    from levi_fast.training.tasks import TASK_TRAINING, TableFiles
+    from levi_fast.training.request import TrainRequest
+    from levi_fast.training.tasks import TASK_TRAINING
 
     schedule = {**TASK_TRAINING.get(task_name or "", {})}
     schedule.update({k: v for k, v in (("epochs", epochs), ("batch_size", batch_size)) if v is not None})
     request = TrainRequest(
         output=output,
-        files=None if train_file is None else TableFiles(train_file, validation, test, oods),
-        columns=columns,
-        problem_type=problem_type,
-        label_separator=label_separator,
-        task_name=task_name,
-        data=data,
-        split=split,
+        **fields,
         backbone=backbone,
         backbone_dtype=backbone_dtype,
         method=method,
         task_model=task_model,
-        max_length=max_length,
         precompute=precompute,
         cache=cache,
         cache_dtype=cache_dtype,
@@ -336,9 +270,9 @@ def evaluate(
     num_threads: ThreadsOption = None,
 ) -> None:
     """Run a saved model on a file."""
-    _prepare(num_threads)
+    prepare_libraries(num_threads)
     from levi_fast.report.console import Console
-    from levi_fast.training.commands import evaluate as run
+    from levi_fast.training.evaluation import evaluate as run
 
     run(
         model,
@@ -362,7 +296,7 @@ def demo(
     num_threads: ThreadsOption = None,
 ) -> None:
     """Train LEVI and its baselines on generated (synthetic) reviews with real MiniLM weights; needs no network."""
-    _prepare(num_threads)
+    prepare_libraries(num_threads)
     from levi_fast.report.console import Console
     from levi_fast.training.demo import demo as run
 
@@ -377,57 +311,6 @@ def env() -> None:
     from levi_fast.environment import environment_report, render
 
     rich.print(render(environment_report()))
-
-
-def parse_ood(values: Sequence[str]) -> dict[str, str]:
-    """``NAME=FILE`` arguments as a mapping.
-
-    Raises:
-        DataError: another form, or a name given twice.
-    """
-    files: dict[str, str] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        name = name.strip()
-        if not equals or not name or not path:
-            raise DataError(f"--ood: expected NAME=FILE, such as new=reviews.csv, got {value!r}")
-        if name in files:
-            raise DataError(f"--ood: the name {name!r} is given twice: {files[name]} and {path}")
-        files[name] = path
-    return files
-
-
-def parse_taps(value: str) -> str | list[int]:
-    """``"0,2,-1"`` as indices; any other word as it is, for LeviConfig to judge."""
-    parts = [part.strip() for part in value.split(",")]
-    if all(part.lstrip("-").isdecimal() for part in parts):
-        return [int(part) for part in parts]
-    return value
-
-
-def parse_blend(value: str) -> float | None:
-    """A number, or None for ``auto``.
-
-    Raises:
-        DataError: neither.
-    """
-    if value == "auto":
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        raise DataError(f"--blend: expected 'auto' or a number from 0 to 1, got {value!r}") from None
-
-
-def _prepare(num_threads: int | None) -> None:
-    """Quiet the libraries, whose notices are about their own doings, and set the number of threads."""
-    import torch
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:

@@ -1,0 +1,129 @@
+"""What ``levi-fast train`` was asked for, checked before anything expensive starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from levi_fast.backbones import DEFAULT_BACKBONE
+from levi_fast.cache.manifest import DTYPES
+from levi_fast.data.tables import Columns
+from levi_fast.errors import DataError
+from levi_fast.quantization import check_backbone_dtype
+from levi_fast.training.cached import CacheRequest
+from levi_fast.training.fit import TrainingOptions, check_loop, resolve_device
+from levi_fast.training.runs import METHODS
+from levi_fast.training.tasks import MovieLensSplits, TableFiles, TableTask
+
+NAMED_TASKS = ("movielens",)
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """All that ``levi-fast train`` was asked for. Either ``files`` and ``columns``, or ``task_name`` and ``data``."""
+
+    output: str
+    files: TableFiles | None = None
+    columns: Columns = field(default_factory=Columns)
+    problem_type: str | None = None
+    label_separator: str = "|"
+    task_name: str | None = None
+    data: str | None = None
+    split: str = "genres"
+    backbone: str | None = None
+    backbone_dtype: str | None = None
+    method: str = "levi"
+    task_model: str = "auto"
+    max_length: int | None = None
+    precompute: bool = True
+    cache: str | None = None
+    cache_dtype: str | None = None
+    include_backbone: bool = False
+    backbone_batch_size: int = 32
+    loop: str = "auto"
+    model: Mapping[str, Any] = field(default_factory=dict)  # LeviConfig fields
+    options: TrainingOptions = field(default_factory=TrainingOptions)
+
+
+def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
+    """Check a request, and read its data.
+
+    Raises:
+        DataError: for what cannot be used.
+    """
+    if request.method not in METHODS:
+        raise DataError(f"--method: expected one of {', '.join(METHODS)}, got {request.method!r}")
+    if request.method == "linear-probe" and "taps" in request.model:
+        raise DataError("--taps: the linear probe reads the last layer; use --method taps-only for other layers")
+    _check_backbone_dtype(request.backbone_dtype, request.options.device)
+    _check_cache(request)
+    check_loop(request.loop, request.method != "task-model" and not request.precompute)
+    if request.include_backbone and request.method == "task-model":
+        raise DataError("--include-backbone: --method task-model has no backbone to include")
+    if request.backbone_batch_size < 1:
+        raise DataError(f"--backbone-batch-size: expected at least 1, got {request.backbone_batch_size}")
+    if request.task_name is not None:
+        if request.task_name not in NAMED_TASKS:
+            raise DataError(f"--task-name: expected {', '.join(NAMED_TASKS)}, got {request.task_name!r}")
+        if request.data is None:
+            raise DataError("--task-name movielens needs --data, the folder with ratings.csv and movies.csv")
+        return MovieLensSplits.load(request.data, request.split, request.options.seed)
+    if request.files is None:
+        raise DataError("expected --train FILE with --label-column, or --task-name movielens with --data DIR")
+    if request.columns.label is None:
+        raise DataError("--label-column: expected the name of the column to predict")
+    if not request.columns.text and request.method != "task-model":
+        raise DataError(
+            f"--text-column: --method {request.method} reads text with the backbone; name at least one column "
+            f"(--method task-model does without)"
+        )
+    if not (request.columns.text or request.columns.numeric or request.columns.categorical):
+        raise DataError("expected at least one of --text-column, --numeric-column, --categorical-column")
+    return TableTask.load(
+        request.files,
+        request.columns,
+        problem_type=request.problem_type,
+        label_separator=request.label_separator,
+        seed=request.options.seed,
+    )
+
+
+def _check_cache(request: TrainRequest) -> None:
+    if request.cache is None:
+        if request.cache_dtype is not None:
+            raise DataError("--cache-dtype: only with --cache")
+        return
+    if request.method == "task-model":
+        raise DataError("--cache: --method task-model reads no taps")
+    if not request.precompute:
+        raise DataError("--cache: --no-precompute runs the backbone in every epoch; leave out one of them")
+    if request.cache_dtype is not None and request.cache_dtype not in DTYPES:
+        raise DataError(f"--cache-dtype: expected one of {', '.join(DTYPES)}, got {request.cache_dtype!r}")
+
+
+def cache_request(request: TrainRequest, tokenizer: Any, max_length: int) -> CacheRequest:
+    """The part of a request that its taps depend on."""
+    assert request.cache is not None
+    return CacheRequest(
+        folder=request.cache,
+        backbone=request.backbone or DEFAULT_BACKBONE,
+        backbone_dtype=request.backbone_dtype,
+        # the linear probe reads the last layer of whatever is there
+        taps=None if request.method == "linear-probe" else request.model.get("taps", "all"),
+        pooling=request.model.get("pooling", "mean"),
+        tokenizer=tokenizer,
+        max_length=max_length,
+        dtype=request.cache_dtype,
+        batch_size=request.backbone_batch_size,
+        device=resolve_device(request.options.device),
+    )
+
+
+def _check_backbone_dtype(dtype: str | None, device: str) -> None:
+    try:
+        check_backbone_dtype(dtype, "--backbone-dtype")
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if dtype == "int8" and resolve_device(device).type != "cpu":
+        raise DataError("--backbone-dtype int8 runs on the CPU alone; add --device cpu")
