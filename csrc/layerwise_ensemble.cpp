@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layerwise_ensemble(
     results[2 * side + 1] =
         used ? empty_like_dtype(tap_weight, {layers, batch, outputs}) : empty_like_dtype(tap_weight, {0});
     const bool saved = used && save && !in.args.linear;
-    results[4 + side] = saved ? empty_like_dtype(tap_weight, {layers, batch, first}) : empty_like_dtype(tap_weight, {0});
+    results[4 + side] = saved ? empty_kept(tap_weight, {layers, batch, first}) : empty_like_dtype(tap_weight, {0});
     args.logits[side] = results[2 * side].mutable_data_ptr();
     args.layer_logits[side] = results[2 * side + 1].mutable_data_ptr();
     args.before[side] = saved ? results[4 + side].mutable_data_ptr() : nullptr;
@@ -318,25 +318,24 @@ std::vector<Tensor> layerwise_ensemble_backward(
     if (!wanted) {
       return nullptr;
     }
-    large_pages(results.back());
     return results.back().mutable_data_ptr();
   };
-  args.view = result(kNeedView, [&] { return empty_like_dtype(tap_weight, {batch, in.args.view_width}); });
-  args.tap_weight = result(kNeedTapWeight, [&] { return empty_like_dtype(tap_weight, {in.tap_columns, first}); });
+  args.view = result(kNeedView, [&] { return empty_kept(tap_weight, {batch, in.args.view_width}); });
+  args.tap_weight = result(kNeedTapWeight, [&] { return empty_kept(tap_weight, {in.tap_columns, first}); });
   args.view_weight =
-      result(kNeedViewWeight, [&] { return empty_like_dtype(tap_weight, {in.args.view_width, layers, first}); });
-  args.bias = result(kNeedBias, [&] { return empty_like_dtype(tap_weight, {layers, first}); });
+      result(kNeedViewWeight, [&] { return empty_kept(tap_weight, {in.args.view_width, layers, first}); });
+  args.bias = result(kNeedBias, [&] { return empty_kept(tap_weight, {layers, first}); });
   args.output_weight =
-      result(kNeedOutputWeight, [&] { return empty_like_dtype(tap_weight, {outputs, layers, first}); });
-  args.output_bias = result(kNeedOutputBias, [&] { return empty_like_dtype(tap_weight, {layers, outputs}); });
+      result(kNeedOutputWeight, [&] { return empty_kept(tap_weight, {outputs, layers, first}); });
+  args.output_bias = result(kNeedOutputBias, [&] { return empty_kept(tap_weight, {layers, outputs}); });
   std::vector<float> mix_grad(static_cast<std::size_t>(layers));
-  void* mix_result = result(kNeedMix, [&] { return empty_like_dtype(*mix_weights, {layers}); });
+  void* mix_result = result(kNeedMix, [&] { return empty_kept(*mix_weights, {layers}); });
   args.mix = mix_result != nullptr ? mix_grad.data() : nullptr;
   std::vector<void*> tap_grads;
   for (std::size_t i = 0; i < taps.size(); ++i) {
     char* base = static_cast<char*>(result(kNeedTaps, [&] {
-      return in.stacked ? empty_like_dtype(tap_weight, {layers, batch, in.widths[0]})
-                        : empty_like_dtype(tap_weight, {batch, in.widths[i]});
+      return in.stacked ? empty_kept(tap_weight, {layers, batch, in.widths[0]})
+                        : empty_kept(tap_weight, {batch, in.widths[i]});
     }));
     for (int64_t l = 0; in.stacked && l < layers; ++l) {
       tap_grads.push_back(base + l * batch * in.widths[0] * static_cast<int64_t>(tap_weight.element_size()));

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "memory.h"
 #include "schemas.h"
 
 namespace levi_fast {
@@ -77,5 +78,9 @@ __attribute__((visibility("default"))) int levi_fast_set_cpu_isa(const char* nam
   write_text(error, out, capacity);
   return error.empty() ? 0 : 1;
 }
+
+// Memory kept for the next step: how many bytes, and an end to it.
+__attribute__((visibility("default"))) std::size_t levi_fast_kept_bytes() { return levi_fast::kept_bytes(); }
+__attribute__((visibility("default"))) void levi_fast_release_kept() { levi_fast::release_kept(); }
 
 }  // extern "C"

@@ -5,16 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <new>
+#include <cstdint>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu/vec.h"
+#include "memory.h"
 #include "tensor_utils.h"
 
 namespace levi_fast {
@@ -59,26 +54,6 @@ void run_blocks(int64_t count, int64_t step, int64_t threads, const F& run) {
   });
 }
 
-constexpr std::size_t kAlignment = 64;
-
-// Uninitialised floats, aligned to a cache line.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats) {
-    if (floats > 0) {
-      data_ = static_cast<float*>(
-          ::operator new(static_cast<std::size_t>(floats) * sizeof(float), std::align_val_t{kAlignment}));
-    }
-  }
-  ~Buffer() { ::operator delete(data_, std::align_val_t{kAlignment}); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* data() const { return data_; }
-
- private:
-  float* data_ = nullptr;
-};
-
 // This thread's own scratch, kept from call to call: at most a few MiB, where a fresh one would be mapped and zeroed by
 // the system each time.
 inline float* thread_scratch(int64_t floats) {
@@ -90,24 +65,6 @@ inline float* thread_scratch(int64_t floats) {
   }
   const auto address = reinterpret_cast<std::uintptr_t>(scratch.data());
   return scratch.data() + ((kAlignment - address % kAlignment) % kAlignment) / sizeof(float);
-}
-
-// Asks for 2 MiB pages under a fresh large result: with 4 KiB ones, its first writing is mostly page faults.
-inline void large_pages(const torch::stable::Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kPage = 2 * 1024 * 1024;
-  const std::uintptr_t bytes = static_cast<std::uintptr_t>(tensor.numel()) * tensor.element_size();
-  if (bytes < 2 * kPage) {
-    return;
-  }
-  const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
-  const std::uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  if (begin < end) {
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#else
-  (void)tensor;
-#endif
 }
 
 // A short one-dimensional tensor of any floating dtype, as floats and back.

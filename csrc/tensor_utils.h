@@ -8,6 +8,7 @@
 
 #include "cpu/common.h"
 #include "library.h"
+#include "memory.h"
 
 namespace levi_fast {
 
@@ -135,6 +136,35 @@ inline torch::stable::Tensor empty_of(int32_t dtype, torch::headeronly::IntHeade
 
 inline torch::stable::Tensor empty_like_dtype(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
   return empty_of(like_dtype(like), torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
+}
+
+// The same in memory that is kept for the next step when the tensor dies: for what a training step makes anew each time
+// (gradients, saved activations), not for what a user may gather by the thousand.
+inline torch::stable::Tensor empty_kept(const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes) {
+  std::size_t bytes = like.element_size();
+  for (int64_t size : sizes) {
+    bytes *= static_cast<std::size_t>(size);
+  }
+  if (bytes < kSmallestKept) {
+    return empty_like_dtype(like, sizes);
+  }
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (std::size_t i = sizes.size(); i-- > 0;) {
+    strides.at(i) = stride;
+    stride *= sizes.begin()[i];
+  }
+  void* block = take_block(bytes);
+  AtenTensorHandle handle;
+  const auto error =
+      torch_from_blob(block, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), 0, like_dtype(like),
+                      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+                      [](void* data, void*) { give_block(data); }, nullptr);
+  if (error != AOTI_TORCH_SUCCESS) {
+    give_block(block);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return torch::stable::Tensor(handle);
 }
 
 }  // namespace levi_fast

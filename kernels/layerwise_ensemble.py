@@ -181,6 +181,10 @@ def _fake_backward(
 
 _FORWARD_NAMES = ("taps", "view", "view_keep", "tap_weight", "view_weight", "bias", "output_weight", "output_bias",
                   "mix_weights", "hidden_keep")  # fmt: skip
+# Bits of NEEDS by the forward's names; the rest is never differentiated.
+_BITS = {name: 1 << NEEDS.index(name) for name in _FORWARD_NAMES if name in NEEDS}
+_TENSOR_BITS = [_BITS.get(name, 0) for name in _FORWARD_NAMES[1:]]
+_MIX, _READ_TAPS = _BITS["mix_weights"], _BITS["tap_weight"] | _BITS["taps"]
 
 
 def _save(ctx: Any, taps: Sequence[Tensor], rest: Sequence[Any], output: Sequence[Tensor], needs: int) -> None:
@@ -190,30 +194,14 @@ def _save(ctx: Any, taps: Sequence[Tensor], rest: Sequence[Any], output: Sequenc
         rest: the op's arguments after the taps.
     """
     view, view_keep, tap_weight, view_weight, _, output_weight, _, mix_weights, hidden_keep = rest[:9]
-
-    def wants(*names: str) -> bool:
-        return any(needs >> NEEDS.index(name) & 1 for name in names)
-
-    if not wants("tap_weight", "taps"):  # the backward op asks them for their shapes alone
+    if not needs & _READ_TAPS:  # the backward op asks them for their shapes alone
         taps = [tap.new_empty(()).expand(tap.shape) for tap in taps]
-    mixed = wants("mix_weights")
+    y, y_zeroed = (output[1], output[3]) if needs & _MIX else (None, None)
     ctx.layers = len(taps)
     ctx.needs = needs
     ctx.options = rest[9:12]
-    ctx.save_for_backward(
-        *taps,
-        view,
-        view_keep,
-        tap_weight,
-        view_weight,
-        output_weight,
-        mix_weights,
-        hidden_keep,
-        output[1] if mixed else None,
-        output[3] if mixed else None,
-        output[4],
-        output[5],
-    )
+    ctx.save_for_backward(*taps, view, view_keep, tap_weight, view_weight, output_weight, mix_weights, hidden_keep, y,
+                          y_zeroed, output[4], output[5])  # fmt: skip
     ctx.set_materialize_grads(False)
 
 
@@ -226,17 +214,13 @@ def _differentiate(ctx: Any, op: Any, grads: Sequence[Tensor | None]) -> list[Te
     return [r if ctx.needs >> min(i, last) & 1 else None for i, r in enumerate(results)]
 
 
-def _needs(flags: dict[str, bool]) -> int:
-    return sum(1 << bit for bit, name in enumerate(NEEDS) if flags[name])
-
-
 # The same gradient twice: for the op as torch.compile and torch.export see it ...
 def _op_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     count = len(inputs[0])
     asks = ctx.needs_input_grad  # flat: the list of taps counts one by one here
-    flags = {name: asks[count + i] for i, name in enumerate(_FORWARD_NAMES[1:])}
-    flags["taps"] = any(asks[:count])
-    _save(ctx, inputs[0], inputs[1:], output, _needs(flags))
+    needs = _BITS["taps"] if any(asks[:count]) else 0
+    needs += sum(_BITS.get(name, 0) for i, name in enumerate(_FORWARD_NAMES[1:]) if asks[count + i])
+    _save(ctx, inputs[0], inputs[1:], output, needs)
 
 
 def op_gradient(ctx: Any, backward: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -263,11 +247,13 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
         rest, taps = tensors[:9], list(tensors[9:])
-        output = _OP(taps, *rest, *options, True)
+        with _below_autograd():  # the op's own way in has torch.library's wrapper in front
+            output = _OP(taps, *rest, *options, True)
         asks = ctx.needs_input_grad
-        flags = {name: asks[i + 1] for i, name in enumerate(_FORWARD_NAMES[1:])}
-        flags["taps"] = any(asks[10:])
-        _save(ctx, taps, (*rest, *options[:3]), output, _needs(flags))
+        needs = _BITS["taps"] if any(asks[10:]) else 0
+        for ask, bit in zip(asks[1:10], _TENSOR_BITS, strict=True):
+            needs += bit if ask else 0
+        _save(ctx, taps, (*rest, *options[:3]), output, needs)
         return output[:4] if options[3] else output[:2]
 
     @staticmethod
@@ -283,6 +269,7 @@ class _Function(torch.autograd.Function):
 
 
 _below_autograd: Any = registry._below_autograd
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # --- dispatch -----------------------------------------------------------------------------------------------------
@@ -318,27 +305,29 @@ def layerwise_ensemble(
 
 
 def _run_best(*arguments: Any) -> EnsembleTensors:
-    taps, tensors = arguments[0], arguments[1:10]
-    if tensors[2].dtype not in FAST_DTYPES or (
-        not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _transformed(taps, tensors))
-    ):
+    if arguments[3].dtype not in FAST_DTYPES or (not torch.compiler.is_compiling() and _transformed(arguments)):
         return _run_eager(*arguments)  # PyTorch's own operators serve every transform of torch.func
     return _run_op(*arguments)
 
 
-def _transformed(taps: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
+def _transformed(arguments: Sequence[Any]) -> bool:
+    """Whether torch.func or forward-mode AD has a hand on a tensor; cheap where neither is at work."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(t is not None and wrapped(t) for t in (*taps, *tensors))
+    return any(t is not None and wrapped(t) for t in (*arguments[0], *arguments[1:10]))
 
 
 def _run_op(*arguments: Any) -> EnsembleTensors:
     taps, tensors, options = arguments[0], arguments[1:10], arguments[10:]
-    asks = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*taps, *tensors))
-    plain = (
-        _below_autograd is not None
-        and not torch.compiler.is_compiling()
-        and all(t is None or isinstance(t, torch.nn.Parameter) or type(t) is Tensor for t in (*taps, *tensors))
-    )
+    plain, asks = _below_autograd is not None and not torch.compiler.is_compiling(), False
+    for tensor in (*tensors, *taps):
+        if tensor is not None:
+            plain = plain and type(tensor) in _PLAIN
+            asks = asks or tensor.requires_grad
+    asks = asks and torch.is_grad_enabled()
     if not plain:
         results = _OP(list(taps), *tensors, *options, asks)
     elif asks:

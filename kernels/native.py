@@ -200,6 +200,26 @@ def set_cpu_isa(name: str) -> None:
         raise RuntimeError(message.value.decode())
 
 
+def kept_bytes() -> int:
+    """Bytes that the native CPU kernels keep between training steps for the next one (at most 512 MiB).
+
+    Raises:
+        RuntimeError: if there is no native library.
+    """
+    function = _library().levi_fast_kept_bytes
+    function.restype = ctypes.c_size_t
+    return int(function())
+
+
+def release_kept() -> None:
+    """Give that memory back to the system.
+
+    Raises:
+        RuntimeError: if there is no native library.
+    """
+    _library().levi_fast_release_kept()
+
+
 def _library() -> ctypes.CDLL:
     status = load()
     if status.path is None:

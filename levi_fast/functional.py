@@ -80,6 +80,26 @@ def layerwise_ensemble(
     if view_keep is not None and (view is None or view_keep.shape != view.shape[:1]):
         shown = None if view is None else [view.shape[0]]
         raise ValueError(f"view_keep: expected {shown}, one a view, got {list(view_keep.shape)}")
+    return checked_ensemble(taps, view, tap_weight, view_weight, bias, output_weight, output_bias, mix_weights,
+                            activation, normalize, view_keep, dropout, zeroed_view)  # fmt: skip
+
+
+def checked_ensemble(
+    taps: Tensor | Sequence[Tensor],
+    view: Tensor | None,
+    tap_weight: Tensor,
+    view_weight: Tensor | None,
+    bias: Tensor,
+    output_weight: Tensor | None,
+    output_bias: Tensor | None,
+    mix_weights: Tensor | None,
+    activation: str,
+    normalize: bool,
+    view_keep: Tensor | None,
+    dropout: float,
+    zeroed_view: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """:func:`layerwise_ensemble` for a caller that has checked its arguments: casts, draws dropout, dispatches."""
     tensors: list[Tensor | None] = [view, tap_weight, view_weight, bias, output_weight, output_bias]
     rows = [taps] if isinstance(taps, Tensor) else list(taps)
     device = tap_weight.device.type
@@ -152,15 +172,19 @@ def _require_ensemble_shapes(
 ) -> None:
     if isinstance(taps, Tensor) and taps.dim() != 3:
         raise ValueError(f"taps: expected [L, B, D], or L tensors [B, D_l], got {list(taps.shape)}")
-    layers, batch = len(taps), taps[0].shape[0] if len(taps) else 0
-    for layer, tap in enumerate(taps):
-        if tap.dim() != 2 or tap.shape[0] != batch:
-            raise ValueError(f"taps[{layer}]: expected [{batch}, D], got {list(tap.shape)}")
+    if isinstance(taps, Tensor):  # by its shape alone: going through it would make a tensor of every layer
+        layers, batch, columns = taps.shape[0], taps.shape[1], taps.shape[0] * taps.shape[2]
+    else:
+        layers, batch = len(taps), taps[0].shape[0] if len(taps) else 0
+        for layer, tap in enumerate(taps):
+            if tap.dim() != 2 or tap.shape[0] != batch:
+                raise ValueError(f"taps[{layer}]: expected [{batch}, D], got {list(tap.shape)}")
+        columns = sum(tap.shape[1] for tap in taps)
     if bias.dim() != 2 or bias.shape[0] != layers or not layers:
         raise ValueError(f"bias: expected [{max(layers, 1)}, K], one row a tap, got {list(bias.shape)}")
     first = bias.shape[1]
     expected: list[tuple[str, Tensor | None, list[int] | None]] = [
-        ("tap_weight", tap_weight, [sum(tap.shape[1] for tap in taps), first]),
+        ("tap_weight", tap_weight, [columns, first]),
         ("mix_weights", mix_weights, None if mix_weights is None else [layers]),
     ]
     if (view is None) != (view_weight is None):

@@ -35,7 +35,7 @@ class LayerwiseEnsemble(reference.LayerwiseEnsemble):
         reference.check_ensemble_inputs(taps, view, self.tap_widths, self.view_width)
         keep = None if view is None else self.draw_view_keep(view.shape[0], view.device)
         return EnsembleOutput(
-            *functional.layerwise_ensemble(
+            *functional.checked_ensemble(
                 taps,
                 view,
                 self.tap_weight,
@@ -44,10 +44,10 @@ class LayerwiseEnsemble(reference.LayerwiseEnsemble):
                 self.output_weight,
                 self.output_bias,
                 None if self.mix_logits is None else self.mix_logits.softmax(0),
-                activation=self.activation,
-                normalize=self.normalize,
-                view_keep=keep,
-                dropout=self.dropout if self.training else 0.0,
-                zeroed_view=zeroed_view,
+                self.activation,
+                self.normalize,
+                keep,
+                self.dropout if self.training else 0.0,
+                zeroed_view,
             )
         )

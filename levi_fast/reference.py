@@ -308,10 +308,12 @@ def check_ensemble_inputs(
         raise ValueError(f"taps: expected [L, B, D], or L tensors [B, D_l], got shape {list(taps.shape)}")
     if len(taps) != len(tap_widths):
         raise ValueError(f"taps: expected {len(tap_widths)} layers, got {len(taps)}")
-    batch = taps[0].shape[0]
-    for layer, (tap, width) in enumerate(zip(taps, tap_widths, strict=True)):
-        if tap.dim() != 2 or tap.shape[0] != batch or tap.shape[1] != width:
-            raise ValueError(f"taps[{layer}]: expected [{batch}, {width}], got {list(tap.shape)}")
+    # A stacked tensor by its shape alone: going through it would make a tensor of every layer.
+    shapes = [taps.shape[1:]] * len(tap_widths) if isinstance(taps, Tensor) else [tap.shape for tap in taps]
+    batch = shapes[0][0] if shapes[0] else 0
+    for layer, (shape, width) in enumerate(zip(shapes, tap_widths, strict=True)):
+        if len(shape) != 2 or shape[0] != batch or shape[1] != width:
+            raise ValueError(f"taps[{layer}]: expected [{batch}, {width}], got {list(shape)}")
     if view is None:
         if view_width:
             raise ValueError(f"view: expected [{batch}, {view_width}], got None (view_width=0 is for taps alone)")
