@@ -24,6 +24,9 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "layerwise_ensemble";
 
+// Weights' gradients larger than this will not be in cache when the optimizer comes.
+constexpr int64_t kStreamBytes = 64 * 1024 * 1024;
+
 // Bits of the backward op's `needs`, in the order of its results (kernels/layerwise_ensemble_eager.py's NEEDS).
 enum Need : int64_t {
   kNeedView = 1,
@@ -199,6 +202,11 @@ const EnsembleKernels& kernels_for(const Tensor& tensor) {
   return *kernels;
 }
 
+// Floats that hold `count` of the kernels' working type.
+int64_t work_floats(const EnsembleKernels& kernels, int64_t count) {
+  return (count * kernels.work_bytes + 3) / 4;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layerwise_ensemble(
     const std::vector<Tensor>& taps, const MaybeTensor& view, const MaybeTensor& view_keep, const Tensor& tap_weight,
     const MaybeTensor& view_weight, const Tensor& bias, const MaybeTensor& output_weight,
@@ -237,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layerwise_ensemble(
   if (batch > 0 && outputs > 0) {
     const int64_t threads = in.threads(in.cost());
     const int64_t rows = rows_for(kernels, in, threads);
-    Buffer view_rows(view.has_value() ? batch * kernels.padded_width(in.args.view_width) : 0);
+    Buffer view_rows(view.has_value() ? work_floats(kernels, batch * kernels.padded_width(in.args.view_width)) : 0);
     args.view_rows = view_rows.data();
     const int64_t space = kernels.scratch(in.args, rows);
     const int64_t blocks = (batch + rows - 1) / rows;
@@ -377,13 +385,16 @@ std::vector<Tensor> layerwise_ensemble_backward(
   };
   int64_t places[8];
   for (int side = 0; side < 2; ++side) {
-    places[side] = reserve(args.active[side] && wants_d, lead * first_row);
-    places[2 + side] = reserve(args.active[side] && !linear, lead * output_row);
-    places[4 + side] = reserve(args.active[side] && (needs & kNeedOutputWeight) != 0, lead * first_row);
+    const int64_t row_floats = work_floats(kernels, lead * first_row);
+    places[side] = reserve(args.active[side] && wants_d, row_floats);
+    places[2 + side] = reserve(args.active[side] && !linear, work_floats(kernels, lead * output_row));
+    places[4 + side] = reserve(args.active[side] && (needs & kNeedOutputWeight) != 0, row_floats);
   }
   places[6] = reserve((needs & kNeedTapWeight) != 0, lead * 2);
-  places[7] = reserve((needs & kNeedViewWeight) != 0, batch * kernels.padded_width(in.args.view_width));
+  places[7] = reserve((needs & kNeedViewWeight) != 0,
+                      work_floats(kernels, batch * kernels.padded_width(in.args.view_width)));
   Buffer shared(floats);
+  args.stream = tap_weight.numel() * static_cast<int64_t>(tap_weight.element_size()) >= kStreamBytes;
   const auto at = [&](int place) { return places[place] < 0 ? nullptr : shared.data() + places[place]; };
   for (int side = 0; side < 2; ++side) {
     args.d[side] = at(side);

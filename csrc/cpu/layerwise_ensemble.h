@@ -42,7 +42,7 @@ struct Ensemble {
 struct EnsembleForward {
   Ensemble in;
   bool zeroed_view;
-  float* view_rows;     // scratch [B, padded_width(V)]: the normalised view, zeros where dropped
+  void* view_rows;      // scratch [B, padded_width(V)] of the working type: the normalised view, zeros where dropped
   void* logits[2];      // with the view, and with it zeroed; [B, C]
   void* layer_logits[2];  // [L, B, C]
   void* before[2];      // [L, B, H]; null where nothing is saved
@@ -56,12 +56,13 @@ struct EnsembleBackward {
   const void* grad_layer_logits[2];  // [L, B, C] or null
   const void* layer_logits[2];       // only for mix_weights' gradient
   const void* before[2];
-  // Scratch, all fp32, rows padded with zeros to padded_width().
-  float* view_rows;                  // [B, padded V]
+  // Scratch in the kernels' working type (`work_bytes` each), rows padded with zeros to padded_width().
+  void* view_rows;                   // [B, padded V]
+  void* dy[2];                       // [L, B, padded C]: gradient at layer_logits
+  void* hidden[2];                   // [L, B, padded K]; only where output_weight asks
+  void* d[2];                        // [L, B, padded K]: gradient at the pre-activations; d[1] of both sides' sum
   float* moments;                    // [L, B, 2]: each tap row's mean and 1 / standard deviation
-  float* dy[2];                      // [L, B, padded C]: gradient at layer_logits
-  float* hidden[2];                  // [L, B, padded K]; only where output_weight asks
-  float* d[2];                       // [L, B, padded K]: gradient at the pre-activations; d[1] of both sides' sum
+  bool stream;                       // the weights' gradients are too large to stay in cache
   // Results; null where not asked.
   void* view;
   void* tap_weight;
@@ -76,11 +77,12 @@ struct EnsembleBackward {
 enum class GradTask : int { kTapWeight, kViewWeight, kOutputWeight, kBias, kView, kTap };
 
 struct EnsembleKernels {
+  int64_t work_bytes;  // of what rows between two products are kept in: fp32, or bf16 where products take bf16 pairs
   int64_t (*padded_width)(int64_t n);
   int64_t (*rows_per_task)(int64_t widest, int64_t first);
   // Floats of scratch a thread needs for any of the tasks below with at most `rows` rows.
   int64_t (*scratch)(const Ensemble& in, int64_t rows);
-  void (*view_rows)(const Ensemble& in, float* out, int64_t begin, int64_t end);
+  void (*view_rows)(const Ensemble& in, void* out, int64_t begin, int64_t end);
   void (*forward)(const EnsembleForward& args, int64_t layer, int64_t begin, int64_t end, float* scratch);
   void (*mixing)(const EnsembleForward& args, int64_t begin, int64_t end);
   void (*backward_rows)(const EnsembleBackward& args, int64_t layer, int64_t begin, int64_t end, float* scratch);

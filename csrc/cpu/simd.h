@@ -73,10 +73,32 @@ inline void store(Vf v, double* p) {
 }
 
 inline void store(Vf v, bf16* p) {
+#if defined(LEVI_FAST_BF16_DOT)
+  const __m256bh out = _mm512_cvtneps_pbh((__m512)v);  // to nearest even; subnormals become zero
+  __builtin_memcpy(p, &out, sizeof(out));
+#else
   const Vu bits = (Vu)v;
   const Vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Vh out = __builtin_convertvector(v == v ? rounded : Vu{} + 0x7fc0u, Vh);
   __builtin_memcpy(p, &out, sizeof(out));
+#endif
+}
+
+// Past the cache, to an address aligned to the vector; fence_stores() before another thread reads.
+inline void store_past(Vf v, float* p) {
+#if defined(LEVI_FAST_ISA_AVX512)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(LEVI_FAST_ISA_AVX2)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(v, p);
+#endif
+}
+
+inline void fence_stores() {
+#if defined(LEVI_FAST_ISA_AVX512) || defined(LEVI_FAST_ISA_AVX2)
+  _mm_sfence();
+#endif
 }
 
 inline void store(Vf v, f16* p) {
@@ -88,6 +110,17 @@ inline void store(Vf v, f16* p) {
   for (int i = 0; i < kLanes; ++i) {
     narrow(v[i], p + i);
   }
+#endif
+}
+
+template <class T>
+inline void store_past(Vf v, T* p) {
+#if defined(LEVI_FAST_ISA_AVX512)
+  T narrow_lanes[kLanes];
+  store(v, narrow_lanes);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_loadu_si256(reinterpret_cast<__m256i*>(narrow_lanes)));
+#else
+  store(v, p);
 #endif
 }
 

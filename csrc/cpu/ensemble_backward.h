@@ -1,0 +1,360 @@
+// The ensemble's backward kernels: gradients at the pre-activations row by row, then sums over the batch.
+#pragma once
+
+#include "ensemble_rows.h"
+
+namespace levi_fast {
+namespace {
+
+// d = dh * act'(before) through dropout; hidden = drop(act(before)) where asked.
+template <class T, int kActivation>
+void activation_gradient(const Ensemble& in, int64_t layer, int64_t begin, int64_t end, const T* before,
+                         const float* dh, Work<T>* d, Work<T>* hidden) {
+  const int64_t n = in.first, padded = padded_width(n);
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t row = layer * in.batch + b;
+    for (int64_t k = 0; k < n; k += kLanes) {
+      Vf derivative;
+      Vf value = activate<kActivation>(load_upto(before + row * n + k, n - k), &derivative);
+      Vf grad = load(dh + (b - begin) * padded + k) * derivative;
+      if (in.hidden_keep != nullptr) {
+        const Vi kept = kept_lanes(in.hidden_keep + row * n + k, n - k);
+        value = kept ? value * in.dropout_scale : Vf{};
+        grad = kept ? grad * in.dropout_scale : Vf{};
+      }
+      if (n - k < kLanes) {
+        value = lanes_below(n - k) ? value : Vf{};
+        grad = lanes_below(n - k) ? grad : Vf{};
+      }
+      store(grad, d + row * padded + k);
+      if (hidden != nullptr) {
+        store(value, hidden + row * padded + k);
+      }
+    }
+  }
+}
+
+template <class T>
+using ActivationGradientFn = void (*)(const Ensemble&, int64_t, int64_t, int64_t, const T*, const float*, Work<T>*,
+                                      Work<T>*);
+
+template <class T>
+void backward_rows(const EnsembleBackward& args, int64_t layer, int64_t begin, int64_t end, float* scratch) {
+  using W = Work<T>;
+  const Ensemble& in = args.in;
+  const int64_t rows = end - begin, c = in.outputs, outputs = padded_width(c), first = padded_width(in.first);
+  const int64_t offset = layer * in.batch + begin;
+  if (args.tap_weight != nullptr && in.normalize) {
+    Moments* to = reinterpret_cast<Moments*>(args.moments) + offset;
+    for (int64_t m = 0; m < rows; ++m) {
+      to[m] = moments(static_cast<const T*>(in.taps[layer]) + (begin + m) * in.tap_strides[layer], in.widths[layer]);
+    }
+  }
+  for (int side = 0; side < 2; ++side) {
+    if (!args.active[side]) {
+      continue;
+    }
+    W* dy = static_cast<W*>(in.linear ? args.d[side] : args.dy[side]);
+    if (dy == nullptr) {
+      continue;  // mix_weights alone asks
+    }
+    dy += offset * outputs;
+    const T* g = static_cast<const T*>(args.grad_logits[side]);
+    const T* own = static_cast<const T*>(args.grad_layer_logits[side]);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t k = 0; k < outputs; k += kLanes) {
+        Vf value = {};
+        if (k < c && own != nullptr) {
+          value = load_upto(own + (offset + m) * c + k, c - k);
+        }
+        if (k < c && g != nullptr) {
+          value += load_upto(g + (begin + m) * c + k, c - k) * in.mix[layer];
+        }
+        store(k < c && c - k < kLanes ? (lanes_below(c - k) ? value : Vf{}) : value, dy + m * outputs + k);
+      }
+    }
+    if (!in.linear && args.d[side] != nullptr) {
+      float* dh = scratch;  // [rows, first]
+      product(dy, outputs, rows, static_cast<const T*>(in.output_weight) + layer * in.first, in.layers * in.first, dh,
+              first, in.first, c, false, dh + rows * first);
+      static constexpr ActivationGradientFn<T> kGradients[] = {
+          &activation_gradient<T, 0>, &activation_gradient<T, 1>, &activation_gradient<T, 2>,
+          &activation_gradient<T, 3>};
+      kGradients[in.activation](in, layer, begin, end, static_cast<const T*>(args.before[side]), dh,
+                                static_cast<W*>(args.d[side]), static_cast<W*>(args.hidden[side]));
+    }
+  }
+  if (args.active[0] && args.active[1] && args.d[1] != nullptr) {  // from here on d[1] is the taps' gradient: of both
+    W* both = static_cast<W*>(args.d[1]);
+    const W* other = static_cast<const W*>(args.d[0]);
+    for (int64_t i = offset * first; i < (offset + rows) * first; i += kLanes) {
+      store(load(both + i) + load(other + i), both + i);
+    }
+  }
+}
+
+// What the taps and the biases see: both sides' sum.
+template <class T>
+inline const Work<T>* tap_side(const EnsembleBackward& args) {
+  return static_cast<const Work<T>*>(args.d[args.active[1] ? 1 : 0]);
+}
+
+template <class From, class T>
+inline void write_rows(const From* from, int64_t row_from, int64_t rows, int64_t n, T* to, int64_t row_to) {
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t k = 0; k < n; k += kLanes) {
+      store_upto(load(from + m * row_from + k), to + m * row_to + k, n - k);
+    }
+  }
+}
+
+// Rows of a panel that go to `out` at once, past the cache.
+template <class T>
+inline void stream_rows(const float* from, int64_t rows, T* to, int64_t row_to) {
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t k = 0; k < kWide; k += kLanes) {
+      store_past(load(from + m * kWide + k), to + m * row_to + k);
+    }
+  }
+}
+
+// `rows` rows of sum over `sides` of A^T d. fill(side, first row of the batch, rows, to) makes rows of A, kWeightRows
+// apart; d[side] is [B, padded K]. With `stream`, a result that needs one pass is written past the cache.
+template <class T, class Fill>
+void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* const* d, int64_t rows, T* out,
+                     int64_t row_out, bool stream, float* scratch) {
+  using W = Work<T>;
+  constexpr bool kAsPairs = kSame<W, bf16>;
+  const int64_t n = in.first, padded = padded_width(n), columns = round_up(n, kLanes);
+  const bool once = sides == 1 && in.batch <= kDepth;
+  float* sums = scratch;                                                       // [kWeightRows, padded]
+  W* left = reinterpret_cast<W*>(sums + kWeightRows * padded);                 // [kDepth, kWeightRows]
+  float* pairs_left = sums + kWeightRows * (padded + kDepth);                  // as uint32_t: [kDepth / 2, kWeightRows]
+  float* panel = pairs_left + (kAsPairs ? kDepth / 2 * kWeightRows : 0);       // [kDepth, kWide], or pairs
+  int64_t row_sums = once ? kWide : padded;
+  bool direct = false, past = false;
+  if constexpr (kSame<T, W>) {
+    const auto place = reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(row_out) * sizeof(T);
+    past = stream && once && n % kWide == 0 && place % 64 == 0;
+  }
+  if constexpr (kIsFloat<T>) {
+    direct = n % kLanes == 0;
+    if (direct) {
+      sums = out;
+      row_sums = row_out;
+    }
+  }
+  bool more = false;
+  for (int side = 0; side < sides; ++side) {
+    for (int64_t b = 0; b < in.batch; b += kDepth, more = true) {
+      const int64_t count = smaller(kDepth, in.batch - b);
+      const W* right = d[side] + b * padded;
+      const Out mode = more ? Out::kAdd : past && direct ? Out::kStream : Out::kSet;
+      fill(side, b, count, left);
+      if constexpr (kAsPairs) {
+        pack_pairs_flat(left, kWeightRows, count, reinterpret_cast<uint32_t*>(pairs_left));
+      }
+      for (int64_t j = 0; j < columns; j += kWide) {
+        const int64_t width = smaller(kWide, columns - j);
+        float* to = once && !direct ? sums : sums + j;
+        if constexpr (kAsPairs) {
+          uint32_t* pairs = reinterpret_cast<uint32_t*>(panel);
+          pack_pairs(right + j, padded, width, count, pairs);
+          product_rows<uint32_t>(reinterpret_cast<uint32_t*>(pairs_left), 1, kWeightRows, rows, pairs, width, to,
+                                 row_sums, width, (count + 1) / 2, mode);
+        } else {
+          write_rows(right + j, padded, count, width, panel, width);
+          product_rows<float>(left, 1, kWeightRows, rows, panel, width, to, row_sums, width, count, mode);
+        }
+        if (once && !direct) {
+          if (past) {
+            stream_rows(sums, rows, out + j, row_out);
+          } else {
+            write_rows(sums, row_sums, rows, n - j < width ? n - j : width, out + j, row_out);
+          }
+        }
+      }
+    }
+  }
+  if (past) {
+    fence_stores();
+  }
+  if (!once && !direct) {
+    write_rows(sums, row_sums, rows, n, out, row_out);
+  }
+}
+
+// dx of LayerNorm: scale * (g - mean(g) - xhat * mean(g * xhat)).
+template <class T>
+inline void norm_gradient(const Ensemble& in, const T* row, const float* g, int64_t n, T* out) {
+  if (!in.normalize) {
+    write_rows(g, 0, 1, n, out, 0);
+    return;
+  }
+  const Moments m = moments(row, n);
+  Vf plain = {}, weighted = {};
+  for (int64_t k = 0; k < n; k += kLanes) {
+    const Vf grad = load_upto(g + k, n - k);
+    plain += grad;
+    weighted += grad * ((load_upto(row + k, n - k) - m.mean) * m.scale);
+  }
+  const float mean = sum(plain) / static_cast<float>(n), along = sum(weighted) / static_cast<float>(n);
+  for (int64_t k = 0; k < n; k += kLanes) {
+    const Vf x = (load_upto(row + k, n - k) - m.mean) * m.scale;
+    store_upto((load_upto(g + k, n - k) - mean - x * along) * m.scale, out + k, n - k);
+  }
+}
+
+// out[k] = sum over the batch of d[b, k], eight rows at a time.
+template <class From, class T>
+inline void column_sums(const From* d, int64_t rows, int64_t row, int64_t n, T* out) {
+  for (int64_t k = 0; k < n; k += kLanes) {
+    Vf parts[8] = {};
+    int64_t b = 0;
+    for (; b + 8 <= rows; b += 8) {
+      for (int i = 0; i < 8; ++i) {
+        parts[i] += load(d + (b + i) * row + k);
+      }
+    }
+    for (; b < rows; ++b) {
+      parts[0] += load(d + b * row + k);
+    }
+    const Vf total = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+    store_upto(total, out + k, n - k);
+  }
+}
+
+template <class T>
+void mix_gradient(const EnsembleBackward& args, int64_t layer) {
+  const int64_t n = args.in.batch * args.in.outputs;
+  double total = 0;
+  for (int side = 0; side < 2; ++side) {
+    const T* g = static_cast<const T*>(args.grad_logits[side]);
+    if (g == nullptr) {
+      continue;
+    }
+    const T* y = static_cast<const T*>(args.layer_logits[side]) + layer * n;
+    constexpr int64_t kChunk = 1024;
+    for (int64_t i = 0; i < n; i += kChunk) {
+      Vf part = {};
+      for (int64_t k = i; k < smaller(n, i + kChunk); k += kLanes) {
+        part += load_upto(g + k, n - k) * load_upto(y + k, n - k);
+      }
+      total += static_cast<double>(sum(part));
+    }
+  }
+  args.mix[layer] = static_cast<float>(total);
+}
+
+template <class T>
+void bias_gradients(const EnsembleBackward& args, int64_t layer, float* scratch) {
+  using W = Work<T>;
+  const Ensemble& in = args.in;
+  const int64_t first = padded_width(in.first), outputs = padded_width(in.outputs), offset = layer * in.batch;
+  if (args.bias != nullptr) {
+    column_sums(tap_side<T>(args) + offset * first, in.batch, first, in.first,
+                static_cast<T*>(args.bias) + layer * in.first);
+  }
+  if (args.output_bias != nullptr) {
+    T* out = static_cast<T*>(args.output_bias) + layer * in.outputs;
+    const W* const dy[2] = {static_cast<const W*>(args.dy[0]), static_cast<const W*>(args.dy[1])};
+    if (args.active[0] && args.active[1]) {
+      float* part = scratch + outputs;
+      column_sums(dy[0] + offset * outputs, in.batch, outputs, in.outputs, scratch);
+      column_sums(dy[1] + offset * outputs, in.batch, outputs, in.outputs, part);
+      for (int64_t i = 0; i < in.outputs; ++i) {
+        scratch[i] += part[i];
+      }
+      write_rows(scratch, 0, 1, in.outputs, out, 0);
+    } else {
+      column_sums(dy[args.active[1] ? 1 : 0] + offset * outputs, in.batch, outputs, in.outputs, out);
+    }
+  }
+  if (args.mix != nullptr) {
+    mix_gradient<T>(args, layer);
+  }
+}
+
+template <class T>
+void backward_sums(const EnsembleBackward& args, GradTask task, int64_t layer, int64_t begin, int64_t end,
+                   float* scratch) {
+  using W = Work<T>;
+  const Ensemble& in = args.in;
+  const int64_t first = padded_width(in.first), outputs = padded_width(in.outputs), rows = end - begin;
+  const int64_t offset = layer * in.batch;
+  const auto side = [&](void* const* all, int i, int64_t row) { return static_cast<const W*>(all[i]) + offset * row; };
+  switch (task) {
+    case GradTask::kTapWeight: {
+      const T* tap = static_cast<const T*>(in.taps[layer]);
+      const Moments* m = reinterpret_cast<const Moments*>(args.moments) + offset;
+      const auto fill = [&](int, int64_t b, int64_t count, W* to) {
+        for (int64_t i = 0; i < count; ++i) {
+          normalised(tap + (b + i) * in.tap_strides[layer] + begin, rows,
+                     in.normalize ? m[b + i] : Moments{0.0f, 1.0f}, to + i * kWeightRows, kWeightRows);
+        }
+      };
+      const W* d = tap_side<T>(args) + offset * first;
+      weight_gradient<T>(in, 1, fill, &d, rows,
+                         static_cast<T*>(args.tap_weight) + (in.weight_rows[layer] + begin) * in.first, in.first,
+                         args.stream, scratch);
+      return;
+    }
+    case GradTask::kViewWeight: {
+      const int64_t view_row = padded_width(in.view_width);
+      const auto fill = [&](int, int64_t b, int64_t count, W* to) {
+        write_rows(static_cast<const W*>(args.view_rows) + b * view_row + begin, view_row, count,
+                   round_up(rows, kLanes), to, kWeightRows);
+      };
+      const W* d = side(args.d, 0, first);
+      weight_gradient<T>(in, 1, fill, &d, rows,
+                         static_cast<T*>(args.view_weight) + (begin * in.layers + layer) * in.first,
+                         in.layers * in.first, args.stream, scratch);
+      return;
+    }
+    case GradTask::kOutputWeight: {
+      const int only = args.active[0] ? 0 : 1, sides = args.active[0] && args.active[1] ? 2 : 1;
+      const auto fill = [&](int i, int64_t b, int64_t count, W* to) {
+        write_rows(side(args.dy, only + i, outputs) + b * outputs + begin, outputs, count, round_up(rows, kLanes), to,
+                   kWeightRows);
+      };
+      const W* const hidden[2] = {side(args.hidden, only, first), sides == 2 ? side(args.hidden, 1, first) : nullptr};
+      weight_gradient<T>(in, sides, fill, hidden, rows,
+                         static_cast<T*>(args.output_weight) + (begin * in.layers + layer) * in.first,
+                         in.layers * in.first, args.stream, scratch);
+      return;
+    }
+    case GradTask::kBias:
+      bias_gradients<T>(args, layer, scratch);
+      return;
+    case GradTask::kView: {
+      const int64_t view_row = padded_width(in.view_width);
+      dots(static_cast<const W*>(args.d[0]) + begin * first, first, in.batch * first, rows,
+           static_cast<const T*>(in.view_weight), in.layers * in.first, in.first, in.view_width, in.first, in.layers,
+           scratch, view_row);
+      for (int64_t b = begin; b < end; ++b) {
+        T* out = static_cast<T*>(args.view) + b * in.view_width;
+        if (in.view_keep != nullptr && !in.view_keep[b]) {
+          __builtin_memset(out, 0, static_cast<size_t>(in.view_width) * sizeof(T));
+        } else {
+          norm_gradient(in, static_cast<const T*>(in.view) + b * in.view_stride, scratch + (b - begin) * view_row,
+                        in.view_width, out);
+        }
+      }
+      return;
+    }
+    case GradTask::kTap: {
+      const int64_t width = in.widths[layer], row = padded_width(width);
+      dots(tap_side<T>(args) + (offset + begin) * first, first, 0, rows,
+           static_cast<const T*>(in.tap_weight) + in.weight_rows[layer] * in.first, in.first, 0, width, in.first, 1,
+           scratch, row);
+      for (int64_t b = begin; b < end; ++b) {
+        norm_gradient(in, static_cast<const T*>(in.taps[layer]) + b * in.tap_strides[layer],
+                      scratch + (b - begin) * row, width, static_cast<T*>(args.taps[layer]) + b * width);
+      }
+      return;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace levi_fast

@@ -1,0 +1,140 @@
+// The products of gemm.h on AVX-512 BF16's dot products of pairs: both operands bf16, sums fp32. Without that instruction
+// set the same names exist, so that code which never calls them compiles.
+#pragma once
+
+#include "gemm.h"
+
+namespace levi_fast {
+namespace {
+
+#if defined(LEVI_FAST_BF16_DOT)
+constexpr bool kPairs = true;
+
+struct alignas(64) Lanes16 {
+  uint16_t at[32];
+};
+
+// Picks low (or high) halves of two rows alternately: x0 y0 x1 y1 ...; lane 32 + i of a two-source permute is y's i.
+constexpr Lanes16 alternate(int from) {
+  Lanes16 lanes{};
+  for (int i = 0; i < 16; ++i) {
+    lanes.at[2 * i] = static_cast<uint16_t>(from + i);
+    lanes.at[2 * i + 1] = static_cast<uint16_t>(32 + from + i);
+  }
+  return lanes;
+}
+constexpr Lanes16 kLow = alternate(0), kHigh = alternate(16);
+
+inline __m512i load_columns(const bf16* p, int64_t left) {
+  const __mmask32 mask = left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1u;
+  return _mm512_maskz_loadu_epi16(mask, p);
+}
+#else
+constexpr bool kPairs = false;
+#endif
+
+// kWide columns (`left` of them real, zeros behind) of two neighbouring rows as pairs, `width` of them stored; a null `odd`
+// counts as zeros.
+inline void pair_rows(const bf16* even, const bf16* odd, int64_t left, uint32_t* to, int64_t width) {
+#if defined(LEVI_FAST_BF16_DOT)
+  const __m512i x = load_columns(even, left), y = odd == nullptr ? _mm512_setzero_si512() : load_columns(odd, left);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, _mm512_load_si512(&kLow), y));
+  if (width > kLanes) {
+    _mm512_storeu_si512(to + kLanes, _mm512_permutex2var_epi16(x, _mm512_load_si512(&kHigh), y));
+  }
+#else
+  (void)even, (void)odd, (void)left, (void)to, (void)width;
+#endif
+}
+
+// Rows [0, count) of B, columns [0, n), as panels of pairs: panel j / kWide at packing + j * pairs.
+inline void pack_pairs(const bf16* b, int64_t row_b, int64_t n, int64_t count, uint32_t* packing) {
+  const int64_t padded = round_up(n, kLanes), pairs = (count + 1) / 2;
+  for (int64_t k = 0; k < pairs; ++k) {
+    const bf16* even = b + 2 * k * row_b;
+    const bf16* odd = 2 * k + 1 < count ? even + row_b : nullptr;
+    for (int64_t j = 0; j < padded; j += kWide) {
+      const int64_t width = smaller(kWide, padded - j);
+      pair_rows(even + j, odd == nullptr ? nullptr : odd + j, n - j, packing + j * pairs + k * width, width);
+    }
+  }
+}
+
+// The same rows side by side, not in panels: what the transposed left operand of a weight's gradient is.
+inline void pack_pairs_flat(const bf16* a, int64_t row_a, int64_t count, uint32_t* to) {
+  for (int64_t k = 0; k < (count + 1) / 2; ++k) {
+    const bf16* even = a + 2 * k * row_a;
+    for (int64_t j = 0; j < row_a; j += kWide) {
+      pair_rows(even + j, 2 * k + 1 < count ? even + row_a + j : nullptr, row_a - j, to + k * row_a + j, kWide);
+    }
+  }
+}
+
+// R rows of A, G * kWide columns at a time, B made into pairs in registers: for so few rows, packing would cost more than
+// multiplying.
+template <int R, int G>
+inline void few_rows(const uint32_t* a, int64_t row_a, const bf16* b, int64_t row_b, float* c, int64_t row_c,
+                     int64_t n, int64_t depth, bool add) {
+#if defined(LEVI_FAST_BF16_DOT)
+  const __m512i low = _mm512_load_si512(&kLow), high = _mm512_load_si512(&kHigh);
+  for (int64_t j = 0; j < n; j += G * kWide) {
+    __m512 sum[R][2 * G] = {};
+    for (int64_t k = 0; k < depth; k += 2) {
+      const bf16* even = b + k * row_b + j;
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const __m512i x = load_columns(even + g * kWide, n - j - g * kWide);
+        const __m512i y =
+            k + 1 < depth ? load_columns(even + row_b + g * kWide, n - j - g * kWide) : _mm512_setzero_si512();
+        const __m512i first = _mm512_permutex2var_epi16(x, low, y), second = _mm512_permutex2var_epi16(x, high, y);
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) {
+          const __m512i left = _mm512_set1_epi32(static_cast<int>(a[i * row_a + k / 2]));
+          sum[i][2 * g] = _mm512_dpbf16_ps(sum[i][2 * g], (__m512bh)left, (__m512bh)first);
+          sum[i][2 * g + 1] = _mm512_dpbf16_ps(sum[i][2 * g + 1], (__m512bh)left, (__m512bh)second);
+        }
+      }
+    }
+    for (int i = 0; i < R; ++i) {
+      for (int g = 0; g < 2 * G && j + g * kLanes < n; ++g) {
+        float* to = c + i * row_c + j + g * kLanes;
+        store(add ? load(to) + (Vf)sum[i][g] : (Vf)sum[i][g], to);
+      }
+    }
+  }
+#else
+  (void)a, (void)row_a, (void)b, (void)row_b, (void)c, (void)row_c, (void)n, (void)depth, (void)add;
+#endif
+}
+
+// As gemm.h's `product`. A's rows must be followed by a zero where `depth` is odd.
+inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, int64_t row_b, float* c, int64_t row_c,
+                    int64_t n, int64_t depth, bool add, float* packing) {
+  const int64_t padded = round_up(n, kLanes);
+  if (depth <= 0 && !add) {
+    zero_rows(c, row_c, rows, padded);
+  }
+  const uint32_t* left = reinterpret_cast<const uint32_t*>(a);
+  uint32_t* panels = reinterpret_cast<uint32_t*>(packing);
+  for (int64_t start = 0; start < depth; start += 2 * kDepth) {
+    const int64_t count = smaller(2 * kDepth, depth - start), pairs = (count + 1) / 2;
+    const bf16* from = b + start * row_b;
+    const uint32_t* x = left + start / 2;
+    const bool more = add || start > 0;
+    if (rows <= 4) {
+      using Few = void (*)(const uint32_t*, int64_t, const bf16*, int64_t, float*, int64_t, int64_t, int64_t, bool);
+      static constexpr Few kFew[] = {&few_rows<1, 4>, &few_rows<2, 4>, &few_rows<3, 2>, &few_rows<4, 2>};
+      kFew[rows - 1](x, row_a / 2, from, row_b, c, row_c, n, count, more);
+      continue;
+    }
+    pack_pairs(from, row_b, n, count, panels);
+    for (int64_t j = 0; j < padded; j += kWide) {
+      const int64_t width = smaller(kWide, padded - j);
+      product_rows<uint32_t>(x, row_a / 2, 1, rows, panels + j * pairs, width, c + j, row_c, width, pairs,
+                             more ? Out::kAdd : Out::kSet);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace levi_fast
