@@ -24,6 +24,9 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "layerwise_ensemble";
 
+// Weights larger than this come from memory at every step.
+constexpr int64_t kFarBytes = 16 * 1024 * 1024;
+
 // Weights' gradients larger than this will not be in cache when the optimizer comes.
 constexpr int64_t kStreamBytes = 64 * 1024 * 1024;
 
@@ -138,6 +141,7 @@ struct Inputs {
     }
     check("tap_weight", tap_weight, tap_weight, {tap_columns, args.first});
     args.tap_weight = keep(dense(tap_weight));
+    args.far = tap_weight.numel() * static_cast<int64_t>(tap_weight.element_size()) >= kFarBytes;
     if (view.has_value() != view_weight.has_value()) {
       fail(std::string(kOp) + ": view and view_weight must come together");
     }

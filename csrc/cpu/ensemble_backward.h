@@ -76,7 +76,7 @@ void backward_rows(const EnsembleBackward& args, int64_t layer, int64_t begin, i
     if (!in.linear && args.d[side] != nullptr) {
       float* dh = scratch;  // [rows, first]
       product(dy, outputs, rows, static_cast<const T*>(in.output_weight) + layer * in.first, in.layers * in.first, dh,
-              first, in.first, c, false, dh + rows * first);
+              first, in.first, c, false, false, dh + rows * first);
       static constexpr ActivationGradientFn<T> kGradients[] = {
           &activation_gradient<T, 0>, &activation_gradient<T, 1>, &activation_gradient<T, 2>,
           &activation_gradient<T, 3>};
@@ -112,8 +112,12 @@ inline void write_rows(const From* from, int64_t row_from, int64_t rows, int64_t
 template <class T>
 inline void stream_rows(const float* from, int64_t rows, T* to, int64_t row_to) {
   for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t k = 0; k < kWide; k += kLanes) {
-      store_past(load(from + m * kWide + k), to + m * row_to + k);
+    if constexpr (sizeof(T) == 2) {
+      store_past(load(from + m * kWide), load(from + m * kWide + kLanes), to + m * row_to);
+    } else {
+      for (int64_t k = 0; k < kWide; k += kLanes) {
+        store_past(load(from + m * kWide + k), to + m * row_to + k);
+      }
     }
   }
 }
@@ -125,12 +129,13 @@ void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* co
                      int64_t row_out, bool stream, float* scratch) {
   using W = Work<T>;
   constexpr bool kAsPairs = kSame<W, bf16>;
+  constexpr int64_t kChunk = kAsPairs ? 2 * kDepth : kDepth;
   const int64_t n = in.first, padded = padded_width(n), columns = round_up(n, kLanes);
-  const bool once = sides == 1 && in.batch <= kDepth;
-  float* sums = scratch;                                                       // [kWeightRows, padded]
-  W* left = reinterpret_cast<W*>(sums + kWeightRows * padded);                 // [kDepth, kWeightRows]
-  float* pairs_left = sums + kWeightRows * (padded + kDepth);                  // as uint32_t: [kDepth / 2, kWeightRows]
-  float* panel = pairs_left + (kAsPairs ? kDepth / 2 * kWeightRows : 0);       // [kDepth, kWide], or pairs
+  const bool once = sides == 1 && in.batch <= kChunk;
+  float* sums = scratch;                                        // [kWeightRows, padded]
+  W* left = reinterpret_cast<W*>(sums + kWeightRows * padded);  // [kChunk, kWeightRows]
+  float* pairs_left = sums + kWeightRows * (padded + kDepth);   // as pairs: [kDepth, kWeightRows]
+  float* panel = pairs_left + kWeightRows * kDepth;             // [kDepth, kWide]
   int64_t row_sums = once ? kWide : padded;
   bool direct = false, past = false;
   if constexpr (kSame<T, W>) {
@@ -146,8 +151,8 @@ void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* co
   }
   bool more = false;
   for (int side = 0; side < sides; ++side) {
-    for (int64_t b = 0; b < in.batch; b += kDepth, more = true) {
-      const int64_t count = smaller(kDepth, in.batch - b);
+    for (int64_t b = 0; b < in.batch; b += kChunk, more = true) {
+      const int64_t count = smaller(kChunk, in.batch - b);
       const W* right = d[side] + b * padded;
       const Out mode = more ? Out::kAdd : past && direct ? Out::kStream : Out::kSet;
       fill(side, b, count, left);
@@ -163,8 +168,12 @@ void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* co
           product_rows<uint32_t>(reinterpret_cast<uint32_t*>(pairs_left), 1, kWeightRows, rows, pairs, width, to,
                                  row_sums, width, (count + 1) / 2, mode);
         } else {
-          write_rows(right + j, padded, count, width, panel, width);
-          product_rows<float>(left, 1, kWeightRows, rows, panel, width, to, row_sums, width, count, mode);
+          const bool few = count <= 8;  // not worth a copy
+          if (!few) {
+            write_rows(right + j, padded, count, width, panel, width);
+          }
+          product_rows<float>(left, 1, kWeightRows, rows, few ? right + j : panel, few ? padded : width, to, row_sums,
+                              width, count, mode);
         }
         if (once && !direct) {
           if (past) {

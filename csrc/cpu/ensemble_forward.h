@@ -77,14 +77,14 @@ void forward_rows(const EnsembleForward& args, int64_t layer, int64_t begin, int
              taps + (b - begin) * tap_row, tap_row);
   }
   product(taps, tap_row, rows, static_cast<const T*>(in.tap_weight) + in.weight_rows[layer] * in.first, in.first, sums,
-          first, in.first, width, false, packing);
+          first, in.first, width, false, in.far, packing);
   if (args.zeroed_view) {
     finish_rows<T>(args, 1, layer, begin, end, sums, hidden, y);
   }
   if (in.view != nullptr) {
     product(static_cast<const W*>(args.view_rows) + begin * view_row, view_row, rows,
             static_cast<const T*>(in.view_weight) + layer * in.first, in.layers * in.first, sums, first, in.first,
-            in.view_width, true, packing);
+            in.view_width, true, false, packing);
   }
   finish_rows<T>(args, 0, layer, begin, end, sums, hidden, y);
 }

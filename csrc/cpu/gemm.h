@@ -30,13 +30,27 @@ constexpr bool kIsFloat = kSame<T, float>;
 // What becomes of a tile's sums. kStream writes past the cache: for aligned results too large to stay in it.
 enum class Out : int { kSet, kAdd, kStream };
 
+constexpr int64_t kLineBytes = 64;
+
+// Where the memory lies that is read next, after this product; 0 where it will be in cache anyway. A number, not a pointer:
+// it may point past the end, which a prefetch may and a pointer may not.
+using Ahead = uintptr_t;
+
+// One line per step of k: spread so thin, the requests never stop the arithmetic.
+inline void ask(Ahead ahead, int64_t k) {
+  if (ahead != 0) {
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<Ahead>(k * kLineBytes)), 0, 2);
+  }
+}
+
 // E: float, or uint32_t for a pair of bf16 of neighbouring k (AVX-512 BF16: twice the rate, same fp32 sums).
 template <int R, int N, class E>
 inline void tile(const E* a, int64_t row_a, int64_t step_a, const E* b, int64_t row_b, float* c, int64_t row_c,
-                 int64_t depth, Out out) {
+                 int64_t depth, Out out, Ahead ahead) {
   Vf sum[R][N] = {};
   if constexpr (kIsFloat<E>) {
     for (int64_t k = 0; k < depth; ++k) {
+      ask(ahead, k);
       Vf right[N];
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) {
@@ -54,6 +68,7 @@ inline void tile(const E* a, int64_t row_a, int64_t step_a, const E* b, int64_t 
   } else {
 #if defined(LEVI_FAST_BF16_DOT)
     for (int64_t k = 0; k < depth; ++k) {
+      ask(ahead, k);
       __m512i right[N];
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) {
@@ -85,7 +100,7 @@ inline void tile(const E* a, int64_t row_a, int64_t step_a, const E* b, int64_t 
 }
 
 template <class E>
-using TileFn = void (*)(const E*, int64_t, int64_t, const E*, int64_t, float*, int64_t, int64_t, Out);
+using TileFn = void (*)(const E*, int64_t, int64_t, const E*, int64_t, float*, int64_t, int64_t, Out, Ahead);
 
 template <class E, int N, int R>
 inline TileFn<E> pick_tile(int rows) {
@@ -117,7 +132,7 @@ inline int widest(int rows) { return rows == 1 ? 8 : rows <= kRows / 3 ? 4 : 2; 
 // out evenly.
 template <class E>
 inline void product_rows(const E* a, int64_t row_a, int64_t step_a, int64_t rows, const E* b, int64_t row_b, float* c,
-                         int64_t row_c, int64_t n, int64_t depth, Out out) {
+                         int64_t row_c, int64_t n, int64_t depth, Out out, Ahead ahead = 0) {
   const int64_t groups = (rows + kRows - 1) / kRows;
   for (int64_t g = 0, m = 0; g < groups; ++g) {
     const int count = static_cast<int>((rows - m + groups - g - 1) / (groups - g));
@@ -128,7 +143,8 @@ inline void product_rows(const E* a, int64_t row_a, int64_t step_a, int64_t rows
         vectors /= 2;
         run = tile_for<E>(count, vectors);
       }
-      run(a + m * row_a, row_a, step_a, b + j, row_b, c + m * row_c + j, row_c, depth, out);
+      run(a + m * row_a, row_a, step_a, b + j, row_b, c + m * row_c + j, row_c, depth, out, ahead);
+      ahead += ahead == 0 ? 0 : static_cast<Ahead>(depth * kLineBytes);
       j += vectors * kLanes;
     }
     m += count;
@@ -143,43 +159,45 @@ inline void zero_rows(float* c, int64_t row_c, int64_t rows, int64_t columns) {
   }
 }
 
+// Rows of B that are packed at once: fewer where they are long, so that the packed ones and the next stay in L2.
+inline int64_t slice_of(int64_t n, int64_t most) { return n <= 256 ? most : most / 2; }
+
 // Floats of packing space that `product` asks for.
 inline int64_t packing_space(int64_t n) { return kDepth * round_up(n, kWide); }
 
 // C[rows, round_up(n, kLanes)] (+)= A B; the columns past n become zero (or keep what `add` finds there). A's elements
-// lie next to one another along k.
+// lie next to one another along k. With `far`, B comes from memory and its next rows are asked for while these multiply.
 template <class T>
 void product(const float* a, int64_t row_a, int64_t rows, const T* b, int64_t row_b, float* c, int64_t row_c,
-             int64_t n, int64_t depth, bool add, float* packing) {
-  const int64_t padded = round_up(n, kLanes);
+             int64_t n, int64_t depth, bool add, bool far, float* packing) {
+  const int64_t padded = round_up(n, kLanes), slice = slice_of(n, kDepth);
   if (depth <= 0 && !add) {
     zero_rows(c, row_c, rows, padded);
   }
-  if constexpr (kIsFloat<T>) {
-    if (n == padded && rows <= kRows) {  // B is read once: packing would be one more pass over it
-      // In slices, so that the rows being read stay few enough for the address translation caches.
-      for (int64_t k = 0; k < depth; k += kDepth) {
-        product_rows(a + k, row_a, 1, rows, b + k * row_b, row_b, c, row_c, n, smaller(kDepth, depth - k),
-                     add || k > 0 ? Out::kAdd : Out::kSet);
+  for (int64_t start = 0; start < depth; start += slice) {
+    const int64_t count = smaller(slice, depth - start);
+    const Out out = add || start > 0 ? Out::kAdd : Out::kSet;
+    const T* from = b + start * row_b;
+    if constexpr (kIsFloat<T>) {
+      if (n == padded && rows <= kRows) {  // B is read once: packing would be one more pass over it
+        product_rows(a + start, row_a, 1, rows, from, row_b, c, row_c, n, count, out);
+        continue;
       }
-      return;
     }
-  }
-  for (int64_t start = 0; start < depth; start += kDepth) {
-    const int64_t count = smaller(kDepth, depth - start);
     for (int64_t k = 0; k < count; ++k) {
-      const T* from = b + (start + k) * row_b;
       for (int64_t j = 0; j < padded; j += kLanes) {
         // Panel after panel of two vectors' width; a last odd vector makes a panel of one.
         const int64_t panel = j / kWide * kWide;
         const int64_t width = smaller(kWide, padded - panel);
-        store(load_upto(from + j, n - j), packing + panel * count + k * width + (j - panel));
+        store(load_upto(from + k * row_b + j, n - j), packing + panel * count + k * width + (j - panel));
       }
     }
+    Ahead ahead = far && start + count < depth ? reinterpret_cast<Ahead>(from + count * row_b) : 0;
+    const int64_t asked = (rows + kRows - 1) / kRows * count * kLineBytes;
     for (int64_t j = 0; j < padded; j += kWide) {
       const int64_t width = smaller(kWide, padded - j);
-      product_rows(a + start, row_a, 1, rows, packing + j * count, width, c + j, row_c, width, count,
-                   add || start > 0 ? Out::kAdd : Out::kSet);
+      product_rows(a + start, row_a, 1, rows, packing + j * count, width, c + j, row_c, width, count, out, ahead);
+      ahead += ahead == 0 ? 0 : static_cast<Ahead>(asked);
     }
   }
 }

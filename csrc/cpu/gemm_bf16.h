@@ -109,15 +109,15 @@ inline void few_rows(const uint32_t* a, int64_t row_a, const bf16* b, int64_t ro
 
 // As gemm.h's `product`. A's rows must be followed by a zero where `depth` is odd.
 inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, int64_t row_b, float* c, int64_t row_c,
-                    int64_t n, int64_t depth, bool add, float* packing) {
-  const int64_t padded = round_up(n, kLanes);
+                    int64_t n, int64_t depth, bool add, bool far, float* packing) {
+  const int64_t padded = round_up(n, kLanes), slice = slice_of(n, 2 * kDepth);
   if (depth <= 0 && !add) {
     zero_rows(c, row_c, rows, padded);
   }
   const uint32_t* left = reinterpret_cast<const uint32_t*>(a);
   uint32_t* panels = reinterpret_cast<uint32_t*>(packing);
-  for (int64_t start = 0; start < depth; start += 2 * kDepth) {
-    const int64_t count = smaller(2 * kDepth, depth - start), pairs = (count + 1) / 2;
+  for (int64_t start = 0; start < depth; start += slice) {
+    const int64_t count = smaller(slice, depth - start), pairs = (count + 1) / 2;
     const bf16* from = b + start * row_b;
     const uint32_t* x = left + start / 2;
     const bool more = add || start > 0;
@@ -128,10 +128,13 @@ inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, i
       continue;
     }
     pack_pairs(from, row_b, n, count, panels);
+    Ahead ahead = far && start + count < depth ? reinterpret_cast<Ahead>(from + count * row_b) : 0;
+    const int64_t asked = (rows + kRows - 1) / kRows * pairs * kLineBytes;
     for (int64_t j = 0; j < padded; j += kWide) {
       const int64_t width = smaller(kWide, padded - j);
       product_rows<uint32_t>(x, row_a / 2, 1, rows, panels + j * pairs, width, c + j, row_c, width, pairs,
-                             more ? Out::kAdd : Out::kSet);
+                             more ? Out::kAdd : Out::kSet, ahead);
+      ahead += ahead == 0 ? 0 : static_cast<Ahead>(asked);
     }
   }
 }

@@ -20,6 +20,7 @@ struct Ensemble {
   int64_t view_width;
   bool linear;        // no output layer
   bool normalize;
+  bool far;           // the weights are too large to be in cache when they are read
   int activation;
   float dropout_scale;  // 1 / (1 - p)
 

@@ -113,14 +113,17 @@ inline void store(Vf v, f16* p) {
 #endif
 }
 
+// Two vectors side by side in a 16-bit dtype: one whole line.
 template <class T>
-inline void store_past(Vf v, T* p) {
+inline void store_past(Vf v, Vf next, T* p) {
 #if defined(LEVI_FAST_ISA_AVX512)
-  T narrow_lanes[kLanes];
-  store(v, narrow_lanes);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_loadu_si256(reinterpret_cast<__m256i*>(narrow_lanes)));
+  T both[2 * kLanes];
+  store(v, both);
+  store(next, both + kLanes);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_loadu_si512(both));
 #else
   store(v, p);
+  store(next, p + kLanes);
 #endif
 }
 
