@@ -1,92 +1,18 @@
-// Tests of the CPU kernels without torch or Python: for the sanitizers, and for CPUs that are only emulated.
-//
-// Every buffer is a heap block of exactly the size the arguments describe, so that a read or write past it is seen by
-// AddressSanitizer; outputs start as NaN, so that an element left unwritten is seen by the comparison.
-#include "cpu/isa.h"
+// Tests of the pooling kernels; see support.h.
+#include "support.h"
+
 #include "cpu/masked_mean_pool.h"
-#include "cpu/vec.h"
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <random>
-#include <string>
-#include <vector>
 
+namespace levi_fast {
 namespace {
-
-using namespace levi_fast;
-
-int failures = 0;
-int checks = 0;
-
-void expect(bool condition, const std::string& what) {
-  ++checks;
-  if (!condition && ++failures <= 20) {
-    std::printf("FAILED: %s\n", what.c_str());
-  }
-}
-
-template <class T>
-struct Traits;
-template <>
-struct Traits<float> {
-  static constexpr Dtype dtype = Dtype::kFloat32;
-  static constexpr const char* name = "float32";
-  static constexpr double epsilon = 1.2e-7;
-};
-template <>
-struct Traits<bf16> {
-  static constexpr Dtype dtype = Dtype::kBFloat16;
-  static constexpr const char* name = "bfloat16";
-  static constexpr double epsilon = 7.9e-3;
-};
-template <>
-struct Traits<f16> {
-  static constexpr Dtype dtype = Dtype::kFloat16;
-  static constexpr const char* name = "float16";
-  static constexpr double epsilon = 9.8e-4;
-};
-template <>
-struct Traits<double> {
-  static constexpr Dtype dtype = Dtype::kFloat64;
-  static constexpr const char* name = "float64";
-  static constexpr double epsilon = 2.3e-16;
-};
-
-template <class T>
-T make(double value) {
-  T out;
-  if constexpr (sizeof(T) == 8) {
-    out = value;
-  } else {
-    narrow(static_cast<float>(value), &out);
-  }
-  return out;
-}
-
-template <class T>
-bool same_bits_or_both_nan(T a, T b) {
-  return std::memcmp(&a, &b, sizeof(T)) == 0 ||
-         (std::isnan(static_cast<double>(widen(a))) && std::isnan(static_cast<double>(widen(b))));
-}
 
 struct Shape {
   int64_t batch, length, width;
   int64_t gap;       // unused elements between rows (poisoned by NaN)
   int64_t stride_d;  // 1: the fast path
 };
-
-std::vector<Isa> isas() {
-  std::vector<Isa> found;
-  for (int i = 0; i < kIsaCount; ++i) {
-    if (isa_supported(static_cast<Isa>(i))) {
-      found.push_back(static_cast<Isa>(i));
-    }
-  }
-  return found;
-}
 
 template <class T>
 void run_forward(Isa isa, const PoolForward& args, int64_t batch, int64_t tile) {
@@ -269,7 +195,7 @@ void test_dtype(std::mt19937& random) {
 
 }  // namespace
 
-int main() {
+void test_masked_mean_pool() {
   std::mt19937 random(20240204);
   test_dtype<float>(random);
   test_dtype<bf16>(random);
@@ -286,10 +212,6 @@ int main() {
   test_mask_words<uint32_t>(true, {1, 0x80000000u, 0x3f800000u, 0, 0x7fc00000u}, keeps, "float32");
   test_mask_words<uint64_t>(false, {1, 0, 1ull << 63, 0, 1ull << 32}, keeps, "int64");
   test_mask_words<uint64_t>(true, {1, 1ull << 63, 1, 0, 1ull << 62}, keeps, "float64");
-  std::string ran;
-  for (Isa isa : isas()) {
-    ran += std::string(" ") + isa_name(isa);
-  }
-  std::printf("%d checks, %d failed; instruction sets run:%s\n", checks, failures, ran.c_str());
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
+
+}  // namespace levi_fast
