@@ -126,6 +126,7 @@ def test_several_label_columns_write_a_folder_each(
         ),
         ("mix: [learned]", [], "configuration 'mix=learned': mix: 'learned' mixing weights get no gradient"),
         ("seed: [0, 1]", ["--no-precompute"], "--sweep: trains on precomputed taps; leave out --no-precompute"),
+        ("seed: [0, 1]", ["--loop", "trainer"], "--sweep: trains with the lean loop; leave out --loop trainer"),
         ("label_column: [label, gone]", [], "no column 'gone'"),
     ],
 )
