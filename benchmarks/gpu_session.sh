@@ -3,17 +3,23 @@
 #
 #     OUT=results bash benchmarks/gpu_session.sh [seconds, default 570]
 #
-# Needs python3 with torch and triton, cmake, ninja and pybind11; fetches nothing. Every step writes under $OUT as it
-# goes, so a call that is cut short keeps what it had. Steps that fail are named in $OUT/session.json; none stops the rest.
+# Needs python3 with torch and triton, nvcc, cmake, ninja and pybind11; fetches nothing. Every step leaves what it has
+# under $OUT, so a call that is cut short keeps it: session.json (exit status of every step), logs.tar.gz, bench.json and
+# bench_cuda.json. A step that fails stops no other. DRY_RUN=1 goes through all steps without a GPU, at the smallest sizes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${OUT:?name a folder for the results}"
 TOTAL=${1:-570}
 PYTHON=${PYTHON:-python3}
+DRY_RUN=${DRY_RUN:-0}
 mkdir -p "$OUT"
+LOGS=$(mktemp -d)
+trap 'rm -rf "$LOGS"' EXIT
 STEPS=()
-# LEVI_FAST_TRITON: the kernels are off by default until a session like this one has passed.
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 LEVI_FAST_TRITON=1
+# Both kinds of GPU kernels are off by default until a session like this one has passed.
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 LEVI_FAST_TRITON=1 LEVI_FAST_CUDA_KERNELS=1
+MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export MAX_JOBS
 
 left() { echo $((TOTAL - SECONDS)); }
 
@@ -27,25 +33,57 @@ step() {
     echo "== $name: left out, no time"
   else
     echo "== $name (at most $limit s)"
-    timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    timeout --kill-after=5 "$limit" "$@" >"$LOGS/$name.log" 2>&1
     status=$?
-    tail -n 15 "$OUT/$name.log"
+    tail -n 15 "$LOGS/$name.log"
   fi
   STEPS+=("{\"step\": \"$name\", \"exit_status\": $status, \"seconds\": $((SECONDS - start))}")
   (IFS=,; echo "{\"steps\": [${STEPS[*]}]}") >"$OUT/session.json.part" && mv "$OUT/session.json.part" "$OUT/session.json"
+  tar -C "$LOGS" -czf "$OUT/logs.tar.gz" .
 }
 
-step machine 30 "$PYTHON" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
-step build 180 "$PYTHON" -m pip install --disable-pip-version-check --no-input --no-index --no-build-isolation --no-deps -e .
-step report 30 "$PYTHON" -c 'import levi_fast.kernels as k; print(*k.backend_report().items(), sep="\n")'
+# $1 seconds, or all that is left but $2 where that is less; at least 20.
+budget() {
+  local most=$(($(left) - $2))
+  local given=$(($1 < most ? $1 : most))
+  echo $((given > 20 ? given : 20))
+}
+
+device=(--device cuda)
+marks="gpu and not slow"
+architecture=90a
+if ((DRY_RUN)); then
+  device=(--device cpu --quick)
+  marks="not slow"
+else
+  # The one architecture that is here: three would take three times as long to build.
+  architecture=$("$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))')
+fi
+
+step machine 60 "$PYTHON" -c 'import torch, triton
+print(torch.__version__, triton.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
+if ((DRY_RUN)); then
+  step build 10 echo "left as it is"
+else
+  step build 180 env LEVI_FAST_CUDA=on LEVI_FAST_CUDA_ARCHITECTURES="$architecture" "$PYTHON" -m pip install \
+    --disable-pip-version-check --no-input --no-index --no-build-isolation --no-deps -e .
+fi
+step report 60 "$PYTHON" -c 'import levi_fast.kernels as k; print(*k.backend_report().items(), sep="\n")'
 # The kernels against float64 first: a figure counts only where its kernel is right. Most of the time is compiling,
 # on as many cores as pytest-xdist can be given.
 PARALLEL=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 12)
-step test_kernels 200 "$PYTHON" -m pytest -q -p no:cacheprovider "${PARALLEL[@]}" -m "not slow" tests/kernels/triton_cases.py \
-  --junit-xml="$OUT/test_kernels.xml"
-# All other tests that need a GPU (exit status 5: there are none).
-step test_gpu 60 "$PYTHON" -m pytest -q -p no:cacheprovider -m "gpu and not slow" tests/kernels tests/core \
-  --deselect tests/kernels/test_triton.py --junit-xml="$OUT/test_gpu.xml"
-step bench "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py --output "$OUT/bench.json" --budget $(($(left) - 60 > 20 ? $(left) - 60 : 20))
+((DRY_RUN)) || { "$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 12); }
+tests=("$PYTHON" -m pytest -q -p no:cacheprovider "${PARALLEL[@]}")
+# CUDA C++ first: it is compiled already. Then both backends through the public functions, graphs and large sizes.
+step test_cuda 90 "${tests[@]}" -m "$marks" tests/kernels/test_cuda.py --junit-xml="$LOGS/test_cuda.xml"
+if ((DRY_RUN)); then
+  export TRITON_INTERPRET=1
+fi
+step test_triton 170 "${tests[@]}" -m "not slow" tests/kernels/triton_cases.py --junit-xml="$LOGS/test_triton.xml"
+unset TRITON_INTERPRET
+step test_devices 120 "${tests[@]}" -m "$marks" tests/kernels/test_devices.py --junit-xml="$LOGS/test_devices.xml"
+step bench "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py "${device[@]}" --output "$OUT/bench.json" --budget "$(budget 400 90)"
+# CUDA C++ alone, as a machine without Triton has it: no Python between a call and its kernels.
+LEVI_FAST_TRITON=0 step bench_cuda "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py "${device[@]}" \
+  --output "$OUT/bench_cuda.json" --budget "$(budget 60 30)"
 cat "$OUT/session.json"

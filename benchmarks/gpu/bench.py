@@ -6,30 +6,27 @@ A row holds one op at one size: milliseconds of each contender, launched one by 
 graph ("graph"), our error beside same-dtype eager's, and which fraction of the roofline we reach. The roofline is the
 larger of bytes over the copy bandwidth and operations over the matrix rate, both measured first, in this run. The
 contenders take turns, over input sets that together exceed the L2 cache. `--device cpu --quick` tries the script out.
+
+"ours" is the backend that serves by itself; another compiled one that could serve stands under its own name, and pays
+for being asked for by name: its gradient goes through torch.library, which shows where nothing is replayed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import platform
-import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import DTYPES, Run, Step, error, facts, finish_row, measure_ceilings, sets_for
 from torch import Tensor
 
 import levi_fast
 from levi_fast import functional, reference
-from levi_fast.kernels import use_backend
-from levi_fast.storage import write_atomic
+from levi_fast.kernels import backend_report, use_backend
 
 ENSEMBLES = [  # (L, D, V, H, C, B), most telling first
     (6, 384, 64, 128, 2, 32),
@@ -44,124 +41,23 @@ ENSEMBLES = [  # (L, D, V, H, C, B), most telling first
 ]
 POOLS = [(256, 512, 768), (64, 128, 384), (1, 4096, 4096), (4096, 64, 384)]  # (B, T, D)
 LOSSES = [(6, 4096, 9), (12, 1024, 1000)]  # (L, B, C)
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+UNEQUAL = [((128, 256, 512, 1024), 128, 256, 10, 256), ((96, 192, 384, 768), 64, 128, 5, 8)]  # (D_l, V, H, C, B)
+HEADS = [(6, 384, 64, 128, 2, 32), (24, 1024, 128, 512, 5, 64), (12, 768, 128, 256, 10, 1024)]  # as ENSEMBLES
 KIND = "single_label_classification"
-ROTATED = 256 * 2**20  # bytes of all input sets together: several times an H200's L2
-Step = Callable[[int], Any]
 
 
-@dataclass
-class Run:
-    """One run of the script: where it writes, how long it may take, and what it has found."""
+def by_other_backends(op: str, device: str, step: Step) -> dict[str, Step]:
+    """The same step by every compiled backend that could serve but comes second."""
+    others = backend_report()[op][device].others
 
-    output: Path
-    device: str
-    deadline: float
-    quick: bool
-    result: dict[str, Any] = field(default_factory=lambda: {"rows": []})
+    def named(backend: str) -> Step:
+        def run(i: int) -> Any:
+            with use_backend(backend):
+                return step(i)
 
-    def save(self) -> None:
-        """Write what there is so far."""
-        write_atomic(self.output, json.dumps(self.result, indent=1) + "\n")
+        return run
 
-    def left(self) -> float:
-        """Seconds left."""
-        return self.deadline - time.monotonic()
-
-    def clock(self, action: Callable[[], Any]) -> float:
-        """Milliseconds of one action."""
-        if self.device == "cpu":
-            start = time.perf_counter()
-            action()
-            return (time.perf_counter() - start) * 1e3
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        action()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last))
-
-    def time(self, contenders: dict[str, Step], sets: int) -> dict[str, dict[str, float]]:
-        """Median milliseconds a call, of contenders taking turns; "graph" where a CUDA graph could be captured."""
-        actions: dict[tuple[str, str], Callable[[], Any]] = {}
-        for name, step in contenders.items():
-
-            def all_sets(step: Step = step) -> None:
-                for index in range(sets):
-                    step(index)
-
-            all_sets()
-            actions[name, "plain"] = all_sets
-            if self.device != "cpu":
-                try:
-                    actions[name, "graph"] = capture(all_sets)
-                except RuntimeError as error:
-                    self.result.setdefault("notes", []).append(f"{name}: no graph: {str(error)[:200]}")
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in actions}
-        for _ in range(3 if self.quick else 25):
-            for key, action in actions.items():
-                times[key].append(self.clock(action) / sets)
-        table: dict[str, dict[str, float]] = {}
-        for (name, mode), values in times.items():
-            table.setdefault(name, {})[mode] = statistics.median(values)
-        return table
-
-
-def capture(action: Callable[[], Any]) -> Callable[[], None]:
-    """A CUDA graph of an action, as its replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        action()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        action()
-    return graph.replay
-
-
-def measure_ceilings(run: Run) -> None:
-    """Copy bandwidth (bytes read plus written) and matrix rates on random data."""
-    size = 2**20 if run.quick else 2**30
-    source = torch.randn(size, device=run.device)
-    target = torch.empty_like(source)
-    ms = statistics.median(run.clock(lambda: target.copy_(source)) for _ in range(10))
-    ceilings = {"copy_gb_s": 2 * 4 * size / ms / 1e6}
-    n = 256 if run.quick else 8192
-    for name, dtype in DTYPES.items():
-        a, b = (torch.randn(n, n, device=run.device, dtype=dtype) for _ in range(2))
-        ms = statistics.median(run.clock(lambda a=a, b=b: a @ b) for _ in range(10))  # type: ignore[misc]
-        ceilings[f"matrix_tflop_s_{name}"] = 2 * n**3 / ms / 1e9
-    run.result["ceilings"] = ceilings
-    run.save()
-
-
-def finish_row(run: Run, row: dict[str, Any], nbytes: float, flop: float) -> None:
-    """Add ratios and the fraction of the roofline, print the row and save."""
-    ceilings = run.result["ceilings"]
-    floor = max(nbytes / ceilings["copy_gb_s"] / 1e6, flop / ceilings[f"matrix_tflop_s_{row['dtype']}"] / 1e9)
-    times = row["ms"]
-    row["floor_ms"] = floor
-    for mode in ("plain", "graph"):
-        if mode in times["ours"]:
-            ours = times["ours"][mode]
-            peers = {name: t[mode] / ours for name, t in times.items() if name != "ours" and mode in t}
-            row[mode] = {"of_roofline": floor / ours, "times_faster_than": peers}
-    run.result["rows"].append(row)
-    run.save()
-    best = row.get("graph", row["plain"])
-    print(row["op"], row["case"], row["dtype"], {k: round(v, 2) for k, v in best["times_faster_than"].items()},
-          f"{best['of_roofline']:.0%} of the roofline", flush=True)  # fmt: skip
-
-
-def sets_for(nbytes: int, run: Run) -> int:
-    """How many input sets exceed the cache."""
-    return 1 if run.quick else max(2, min(16, -(-ROTATED // max(nbytes, 1))))
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    """Relative error in norm, of float64."""
-    return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+    return {name: named(name) for name, reason in others.items() if "comes first" in reason and name != "eager"}
 
 
 def bench_pool(run: Run, case: tuple[int, int, int], name: str) -> None:
@@ -180,6 +76,7 @@ def bench_pool(run: Run, case: tuple[int, int, int], name: str) -> None:
     compiled = torch.compile(usual)
     contenders: dict[str, Step] = {
         "ours": lambda i: functional.masked_mean_pool(hidden[i], mask),
+        **by_other_backends("masked_mean_pool", run.device, lambda i: functional.masked_mean_pool(hidden[i], mask)),
         "usual": lambda i: usual(hidden[i]),
         "bmm": lambda i: torch.bmm(mask[:, None].to(dtype), hidden[i])[:, 0] / length,
     }
@@ -221,12 +118,16 @@ def bench_ensemble(run: Run, case: tuple[int, ...], name: str, backward: bool, c
         value = loss(model(taps[i], views[i]).layer_logits, target, KIND)
         return torch.autograd.grad(value, [*model.parameters(), views[i]])
 
+    def ours_step(i: int) -> tuple[Tensor, ...]:
+        return step(ours, functional.layerwise_loss, i)
+
     def twin(i: int) -> tuple[Tensor, ...]:
         with use_backend("eager"):
             return step(ours, functional.layerwise_loss, i)
 
     contenders: dict[str, Step] = {
-        "ours": lambda i: step(ours, functional.layerwise_loss, i),
+        "ours": ours_step,
+        **by_other_backends("layerwise_ensemble", run.device, ours_step),
         "reference": lambda i: step(theirs, reference.layerwise_loss, i),
         "baddbmm": twin,
     }
@@ -286,6 +187,7 @@ def bench_loss(run: Run, case: tuple[int, int, int], name: str) -> None:
     compiled = torch.compile(reference.layerwise_loss)
     contenders: dict[str, Step] = {
         "ours": lambda i: step(functional.layerwise_loss),
+        **by_other_backends("layerwise_loss", run.device, lambda i: step(functional.layerwise_loss)),
         "reference": lambda i: step(reference.layerwise_loss),
     }
     if not run.quick:
@@ -303,22 +205,110 @@ def bench_loss(run: Run, case: tuple[int, int, int], name: str) -> None:
     finish_row(run, row, 2 * logits.numel() * logits.element_size(), 0)
 
 
-def facts(device: str) -> dict[str, Any]:
-    """The machine, the versions and the commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-    found: dict[str, Any] = {
-        "commit": commit,
-        "python": platform.python_version(),
-        "time": time.strftime("%FT%TZ", time.gmtime()),
+def bench_unequal(run: Run, case: tuple[Any, ...], backward: bool) -> None:
+    """Taps of unequal width in bfloat16; the peer for them is PyTorch's grouped product."""
+    widths, view_width, hidden, outputs, batch = case
+    make = dict(hidden_width=hidden, view_dropout=0.0, device=run.device, dtype=torch.bfloat16)
+    theirs = reference.LayerwiseEnsemble(widths, view_width, outputs, **make)
+    ours = levi_fast.LayerwiseEnsemble(widths, view_width, outputs, **make)
+    ours.load_state_dict(theirs.state_dict())
+    nbytes = 2 * (batch * (sum(widths) + view_width) + sum(p.numel() for p in theirs.parameters()) * (1 + backward))
+    sets = sets_for(nbytes, run)
+    taps = [[torch.randn(batch, w, device=run.device).bfloat16() for w in widths] for _ in range(sets)]
+    views = [torch.randn(batch, view_width, device=run.device).bfloat16().requires_grad_(backward) for _ in taps]
+    grad = torch.randn(len(widths), batch, outputs, device=run.device).bfloat16()
+    offsets = torch.tensor(widths, device=run.device).cumsum(0).to(torch.int32)
+
+    def grouped(i: int) -> Tensor:
+        rows = torch.cat([F.layer_norm(tap, tap.shape[1:]) for tap in taps[i]], 1)
+        product = F.grouped_mm(rows, theirs.tap_weight, offs=offsets)  # [L, B, H]
+        view = F.layer_norm(views[i], views[i].shape[1:]) @ theirs.view_weight.flatten(1)
+        view = view.unflatten(1, theirs.bias.shape).transpose(0, 1)
+        activation = F.gelu(product + view + theirs.bias[:, None])
+        return torch.baddbmm(theirs.output_bias[:, None], activation, theirs.output_weight.permute(1, 2, 0))
+
+    def stepped(forward: Any, model: Any) -> Step:
+        def run_step(i: int) -> Any:
+            if not backward:
+                with torch.no_grad():
+                    return (forward(i),)
+            wanted = [p for p in model.parameters()] + [views[i]]
+            return torch.autograd.grad(forward(i), wanted, grad)
+
+        return run_step
+
+    ours_step = stepped(lambda i: ours(taps[i], views[i]).layer_logits, ours)
+    contenders: dict[str, Step] = {
+        "ours": ours_step,
+        **by_other_backends("layerwise_ensemble", run.device, ours_step),
+        "reference": stepped(lambda i: theirs(taps[i], views[i]).layer_logits, theirs),
     }
-    for package in ("torch", "triton", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["device"] = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    backends = levi_fast.kernels.backend_report()
-    return found | {"serves": {op: by_device[device].serves for op, by_device in backends.items()}}
+    try:
+        peer = stepped(grouped, theirs)
+        peer(0)
+        contenders["grouped_mm"] = peer
+    except (RuntimeError, AttributeError, NotImplementedError) as refused:
+        run.result.setdefault("notes", []).append(f"grouped_mm {case}: {str(refused)[:300]}")
+    exact = theirs.double()([t.double() for t in taps[0]], views[0].double()).layer_logits
+    theirs.bfloat16()
+    with torch.no_grad():
+        predictions = {"ours": ours, "reference": theirs}
+        found = {n: error(m(taps[0], views[0]).layer_logits, exact) for n, m in predictions.items()}
+        if "grouped_mm" in contenders:
+            found["grouped_mm"] = error(grouped(0), exact)
+    row = {
+        "op": "layerwise_ensemble, unequal widths, " + ("forward+backward" if backward else "forward"),
+        "case": dict(zip(("D", "V", "H", "C", "B"), case, strict=True)),
+        "dtype": "bfloat16",
+        "error": found,
+        "ms": run.time(contenders, sets),
+    }
+    flop = 2 * batch * hidden * (sum(widths) + len(widths) * (view_width + outputs))
+    finish_row(run, row, nbytes, flop * (2 if backward else 1))
+
+
+def bench_head_step(run: Run, case: tuple[int, ...], name: str) -> None:
+    """A whole training step of a head: predictions, loss, gradients, AdamW; replayed as one CUDA graph."""
+    layers, width, view_width, hidden, outputs, batch = case
+    dtype = DTYPES[name]
+    taps = torch.randn(layers, batch, width, device=run.device, dtype=dtype)
+    view = torch.randn(batch, view_width, device=run.device, dtype=dtype)
+    target = torch.randint(0, outputs, (batch,), device=run.device)
+
+    def head(kind: type[reference.LayerwiseEnsemble], loss: Any) -> Step:
+        torch.manual_seed(0)
+        model = kind((width,) * layers, view_width, outputs, hidden_width=hidden, view_dropout=0.0,
+                     device=run.device, dtype=dtype)  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, capturable=run.device == "cuda")
+
+        def step(_: int) -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(model(taps, view).layer_logits, target, KIND)
+            value.backward()
+            optimizer.step()
+            return value.detach()
+
+        return step
+
+    ours_step = head(levi_fast.LayerwiseEnsemble, functional.layerwise_loss)
+    contenders: dict[str, Step] = {
+        "ours": ours_step,
+        **by_other_backends("layerwise_ensemble", run.device, ours_step),
+        "reference": head(reference.LayerwiseEnsemble, reference.layerwise_loss),
+    }
+    with use_backend("eager"):  # the same weights as ours at their first step
+        first = head(levi_fast.LayerwiseEnsemble, functional.layerwise_loss)(0)
+    weights = layers * hidden * (width + view_width + outputs + 1)
+    row = {
+        "op": "training step of a head",
+        "case": dict(zip("LDVHCB", case, strict=True)),
+        "dtype": name,
+        "error": {"ours": error(ours_step(0), first.double())},
+        "ms": run.time(contenders, 1),
+    }
+    flop = 2 * layers * batch * hidden * (2 * width + 3 * view_width + 3 * outputs)
+    # Weights and both moments, read and written once.
+    finish_row(run, row, taps.numel() * dtype.itemsize + 6 * weights * dtype.itemsize, flop)
 
 
 def main() -> None:
@@ -338,11 +328,16 @@ def main() -> None:
     ensembles = [(2, 16, 8, 8, 3, 4)] if run.quick else ENSEMBLES
     pools = [(2, 8, 16)] if run.quick else POOLS
     losses = [(2, 8, 3)] if run.quick else LOSSES
+    heads = [(2, 16, 8, 8, 3, 4)] if run.quick else HEADS
+    unequal = [((8, 16), 8, 16, 8, 8)] if run.quick else UNEQUAL
     for name in DTYPES:
         jobs += [lambda c=c, n=name: bench_pool(run, c, n) for c in pools[:2]]  # type: ignore[misc]
         for case in ensembles:
             for backward in (False, True):
                 jobs.append(lambda c=case, n=name, b=backward: bench_ensemble(run, c, n, b, False))  # type: ignore[misc]
+    jobs += [lambda c=c: bench_head_step(run, c, "bfloat16") for c in heads]  # type: ignore[misc]
+    for backward in (False, True):
+        jobs += [lambda c=c, b=backward: bench_unequal(run, c, b) for c in unequal]  # type: ignore[misc]
     # What torch.compile does takes its minutes last: as many of the cases as are left room for.
     slow: list[Callable[[], None]] = []
     if not run.quick:
