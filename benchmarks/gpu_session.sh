@@ -5,7 +5,7 @@
 #
 # Needs python3 with torch and triton, nvcc, cmake, ninja and pybind11; fetches nothing. Every step leaves what it has
 # under $OUT, so a call that is cut short keeps it: session.json (exit status of every step), logs.tar.gz, bench.json and
-# bench_cuda.json. A step that fails stops no other. DRY_RUN=1 goes through all steps without a GPU, at the smallest sizes.
+# bench_cuda.json. A step that fails stops no other. DRY_RUN=1 goes through all steps without a GPU, at small sizes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${OUT:?name a folder for the results}"
@@ -65,7 +65,7 @@ print(torch.__version__, triton.__version__, torch.cuda.get_device_name() if tor
 if ((DRY_RUN)); then
   step build 10 echo "left as it is"
 else
-  step build 180 env LEVI_FAST_CUDA=on LEVI_FAST_CUDA_ARCHITECTURES="$architecture" "$PYTHON" -m pip install \
+  step build 120 env LEVI_FAST_CUDA=on LEVI_FAST_CUDA_ARCHITECTURES="$architecture" "$PYTHON" -m pip install \
     --disable-pip-version-check --no-input --no-index --no-build-isolation --no-deps -e .
 fi
 step report 60 "$PYTHON" -c 'import levi_fast.kernels as k; print(*k.backend_report().items(), sep="\n")'
@@ -75,13 +75,13 @@ PARALLEL=()
 ((DRY_RUN)) || { "$PYTHON" -c 'import xdist' 2>/dev/null && PARALLEL=(-n 12); }
 tests=("$PYTHON" -m pytest -q -p no:cacheprovider "${PARALLEL[@]}")
 # CUDA C++ first: it is compiled already. Then both backends through the public functions, graphs and large sizes.
-step test_cuda 90 "${tests[@]}" -m "$marks" tests/kernels/test_cuda.py --junit-xml="$LOGS/test_cuda.xml"
+step test_cuda 60 "${tests[@]}" -m "$marks" tests/kernels/test_cuda.py --junit-xml="$LOGS/test_cuda.xml"
 if ((DRY_RUN)); then
   export TRITON_INTERPRET=1
 fi
-step test_triton 170 "${tests[@]}" -m "not slow" tests/kernels/triton_cases.py --junit-xml="$LOGS/test_triton.xml"
+step test_triton 150 "${tests[@]}" -m "not slow" tests/kernels/triton_cases.py --junit-xml="$LOGS/test_triton.xml"
 unset TRITON_INTERPRET
-step test_devices 120 "${tests[@]}" -m "$marks" tests/kernels/test_devices.py --junit-xml="$LOGS/test_devices.xml"
+step test_devices 80 "${tests[@]}" -m "$marks" tests/kernels/test_devices.py --junit-xml="$LOGS/test_devices.xml"
 step bench "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py "${device[@]}" --output "$OUT/bench.json" --budget "$(budget 400 90)"
 # CUDA C++ alone, as a machine without Triton has it: no Python between a call and its kernels.
 LEVI_FAST_TRITON=0 step bench_cuda "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py "${device[@]}" \
