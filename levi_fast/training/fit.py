@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def fit(
         validation: the same of ID validation data.
         options: see :class:`TrainingOptions`.
         loop: ``"trainer"``: transformers' Trainer; ``"lean"``: the loop for attached taps, see
-            :mod:`levi_fast.training.lean`, with the same results; ``"auto"``: lean wherever the backbone is not run.
+            :mod:`levi_fast.training.lean`, with the same results; ``"auto"``: lean wherever the backbone is not run
+            and there is one process.
         on_epoch: called after every epoch.
 
     Raises:
@@ -129,7 +131,8 @@ def fit(
             validation.only(model.reads),
         ):
             arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // options.batch_size))
-            run = train_with_trainer if runs_backbone or loop == "trainer" else train_lean
+            lean = loop == "lean" or (loop == "auto" and not runs_backbone and not _is_distributed())
+            run = train_lean if lean else train_with_trainer
             with train.only(model.reads), validation.only(model.reads):
                 run(model, train, validation, arguments, best)
     finally:
@@ -143,6 +146,13 @@ def check_loop(loop: str, runs_backbone: bool) -> None:
         raise DataError(f"--loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
     if loop == "lean" and runs_backbone:
         raise DataError("--loop lean: trains on precomputed taps, but here the backbone runs in every epoch")
+    if loop == "lean" and _is_distributed():
+        raise DataError("--loop lean: trains in one process, and torchrun started several; use --loop trainer")
+
+
+def _is_distributed() -> bool:
+    """Whether this process is one of several that torchrun, or accelerate, started: Trainer splits batches there."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def train_with_trainer(

@@ -103,6 +103,11 @@ def test_auto_takes_the_lean_loop_where_the_backbone_is_not_run(
     trained(cached_task(), "auto", epochs=1)
     with pytest.raises(AssertionError, match="Trainer was used"):
         trained(cached_task(), "trainer", epochs=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AssertionError, match="Trainer was used"):
+        trained(cached_task(), "auto", epochs=1)
+    with pytest.raises(DataError, match="--loop lean: trains in one process, and torchrun started several"):
+        trained(cached_task(), "lean", epochs=1)
 
 
 def test_a_loop_that_cannot_serve_is_refused(cached_task: Tasks, tiny_bert_dir: str) -> None:
