@@ -1,4 +1,4 @@
-"""What a backbone in bfloat16 or int8 costs in accuracy, and saves in time, on the IMDb reviews.
+"""What a backbone in bfloat16 or int8 costs in accuracy on the IMDb reviews (bench_streaming.py has the times).
 
     python benchmarks/bench_backbone_dtype.py --data DIR     # orig/{train,dev,test}.tsv and new/test.tsv
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +57,7 @@ def main() -> None:
             task_model=task.task_model("auto", len(tokenizer)),
             **task.processor.labels.config_fields(),
         )
-        started = time.perf_counter()
         bank = TapBank.build(backbone, config, splits)
-        seconds = time.perf_counter() - started
         reference = reference or bank
         scores: dict[str, list[float]] = {"id": [], "ood": []}
         for seed in range(arguments.seeds):
@@ -69,7 +66,6 @@ def main() -> None:
             scores["ood"].append(result.ood["new"]["accuracy"])
         row = {
             "backbone_dtype": dtype,
-            "tap_seconds": round(seconds, 1),
             "relative_error_of_taps": relative_error(bank, reference),
             "id_accuracy": spread(scores["id"]),
             "ood_accuracy": spread(scores["ood"]),
@@ -85,7 +81,6 @@ def main() -> None:
         "data": f"all reviews, cut after {arguments.max_length} tokens",
         "sizes": splits.sizes(),
         "seeds": arguments.seeds,
-        "tap_seconds_note": "one pass each on a machine that may have been shared: a rough guide, no benchmark",
         "machine": machine(),
         "rows": rows,
     }

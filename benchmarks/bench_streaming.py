@@ -25,6 +25,7 @@ from methods import machine
 from torch import nn
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, TapExtractor, get_levi_model, load_backbone
+from levi_fast.quantization import BACKBONE_DTYPES
 from levi_fast.storage import write_atomic
 
 RESULTS = Path(__file__).parent / "results" / "streaming_cpu.json"
@@ -245,10 +246,26 @@ def training_step(rounds: int) -> dict[str, Any]:
     return row
 
 
+def backbone_dtypes(rounds: int) -> list[dict[str, Any]]:
+    """Seconds of MiniLM's forward up to its last tap, by the dtype it is loaded in."""
+    inputs = text(32, 64, 30000)
+    extractors = {dtype: TapExtractor(load_backbone(DEFAULT_BACKBONE, dtype=dtype)) for dtype in BACKBONE_DTYPES}
+    seconds = interleaved(
+        {dtype: lambda e=e: e(**inputs) for dtype, e in extractors.items()},  # type: ignore[misc]
+        rounds,
+    )
+    return [
+        {"dtype": dtype, "ms": round(1e3 * value, 2), "times_faster": round(seconds["float32"] / value, 3)}
+        for dtype, value in seconds.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs=2, metavar=("LAYERS", "WHAT"), help=argparse.SUPPRESS)
-    parser.add_argument("--parts", nargs="+", choices=("training_step", "last_taps", "memory"), default=None)
+    parser.add_argument(
+        "--parts", nargs="+", choices=("training_step", "last_taps", "backbone_dtypes", "memory"), default=None
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -258,6 +275,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "training_step": lambda: training_step(arguments.rounds),
         "last_taps": lambda: last_taps(arguments.rounds),
+        "backbone_dtypes": lambda: backbone_dtypes(arguments.rounds),
         "memory": memory,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
