@@ -24,8 +24,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "layerwise_ensemble";
 
-// Weights larger than this come from memory at every step.
-constexpr int64_t kFarBytes = 16 * 1024 * 1024;
+// Weights larger than this come from memory, or at best from the outer cache, at every step.
+constexpr int64_t kFarBytes = 2 * 1024 * 1024;
 
 // Weights' gradients larger than this will not be in cache when the optimizer comes.
 constexpr int64_t kStreamBytes = 64 * 1024 * 1024;

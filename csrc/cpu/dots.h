@@ -1,4 +1,4 @@
-// C[m, n] = sum_k A[m, k] B[n, k]: both operands contiguous along k, so nothing is packed; each result is a horizontal sum.
+// C[m, n] = sum_k A[m, k] B[n, k]: both operands contiguous along k, nothing is packed, each result a horizontal sum.
 #pragma once
 
 #include "gemm_bf16.h"
@@ -30,7 +30,8 @@ inline void sum4(Vf a, Vf b, Vf c, Vf d, float* to) {
   const __m512 xy = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
   const __m512 zw = _mm512_add_ps(_mm512_unpacklo_ps(z, w), _mm512_unpackhi_ps(z, w));
   const __m512d p = _mm512_castps_pd(xy), q = _mm512_castps_pd(zw);
-  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  const __m512d low = _mm512_unpacklo_pd(p, q), high = _mm512_unpackhi_pd(p, q);
+  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
                                     _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));

@@ -4,8 +4,8 @@
 //
 // The register tile is as many rows as leave room for the operands (12 x 2 vectors of 32 registers). B is repacked, a
 // panel of rows at a time, into the tile's own width: that reads it in address order, widens it to fp32 and pads its
-// edge. A tile sums its stretch of k from zero and is added to C at the end: blocked summation, whose rounding error grows
-// with the number of stretches instead of with k.
+// edge. A tile sums its stretch of k from zero and is added to C at the end: blocked summation, whose rounding error
+// grows with the number of stretches instead of with k.
 #pragma once
 
 #include "simd.h"
@@ -32,15 +32,22 @@ enum class Out : int { kSet, kAdd, kStream };
 
 constexpr int64_t kLineBytes = 64;
 
-// Where the memory lies that is read next, after this product; 0 where it will be in cache anyway. A number, not a pointer:
-// it may point past the end, which a prefetch may and a pointer may not.
-using Ahead = uintptr_t;
+// What is read next, after this product, asked for a few lines at each step of k: spread so thin, the requests never stop
+// the arithmetic. `at` is a number, not a pointer: it may point past the end, which a prefetch may and a pointer may not.
+struct Ahead {
+  uintptr_t at;
+  int64_t lines;  // per step; 0 where the memory will be in cache anyway
+};
 
-// One line per step of k: spread so thin, the requests never stop the arithmetic.
 inline void ask(Ahead ahead, int64_t k) {
-  if (ahead != 0) {
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<Ahead>(k * kLineBytes)), 0, 2);
+  for (int64_t i = 0; i < ahead.lines; ++i) {
+    const auto offset = static_cast<uintptr_t>((k * ahead.lines + i) * kLineBytes);
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead.at + offset), 0, 2);
   }
+}
+
+inline Ahead after(Ahead ahead, int64_t steps) {
+  return {ahead.at + static_cast<uintptr_t>(steps * ahead.lines * kLineBytes), ahead.lines};
 }
 
 // E: float, or uint32_t for a pair of bf16 of neighbouring k (AVX-512 BF16: twice the rate, same fp32 sums).
@@ -132,7 +139,7 @@ inline int widest(int rows) { return rows == 1 ? 8 : rows <= kRows / 3 ? 4 : 2; 
 // out evenly.
 template <class E>
 inline void product_rows(const E* a, int64_t row_a, int64_t step_a, int64_t rows, const E* b, int64_t row_b, float* c,
-                         int64_t row_c, int64_t n, int64_t depth, Out out, Ahead ahead = 0) {
+                         int64_t row_c, int64_t n, int64_t depth, Out out, Ahead ahead = {0, 0}) {
   const int64_t groups = (rows + kRows - 1) / kRows;
   for (int64_t g = 0, m = 0; g < groups; ++g) {
     const int count = static_cast<int>((rows - m + groups - g - 1) / (groups - g));
@@ -144,7 +151,7 @@ inline void product_rows(const E* a, int64_t row_a, int64_t step_a, int64_t rows
         run = tile_for<E>(count, vectors);
       }
       run(a + m * row_a, row_a, step_a, b + j, row_b, c + m * row_c + j, row_c, depth, out, ahead);
-      ahead += ahead == 0 ? 0 : static_cast<Ahead>(depth * kLineBytes);
+      ahead = after(ahead, depth);
       j += vectors * kLanes;
     }
     m += count;
@@ -162,6 +169,12 @@ inline void zero_rows(float* c, int64_t row_c, int64_t rows, int64_t columns) {
 // Rows of B that are packed at once: fewer where they are long, so that the packed ones and the next stay in L2.
 inline int64_t slice_of(int64_t n, int64_t most) { return n <= 256 ? most : most / 2; }
 
+// Asks for `bytes` from `next` on over tile calls of `steps` steps of k in all.
+inline Ahead plan(bool far, const void* next, int64_t bytes, int64_t steps) {
+  const int64_t lines = far ? (bytes + kLineBytes * steps - 1) / (kLineBytes * steps) : 0;
+  return {reinterpret_cast<uintptr_t>(next), smaller(lines, 8)};
+}
+
 // Floats of packing space that `product` asks for.
 inline int64_t packing_space(int64_t n) { return kDepth * round_up(n, kWide); }
 
@@ -170,17 +183,24 @@ inline int64_t packing_space(int64_t n) { return kDepth * round_up(n, kWide); }
 template <class T>
 void product(const float* a, int64_t row_a, int64_t rows, const T* b, int64_t row_b, float* c, int64_t row_c,
              int64_t n, int64_t depth, bool add, bool far, float* packing) {
-  const int64_t padded = round_up(n, kLanes), slice = slice_of(n, kDepth);
+  const int64_t padded = round_up(n, kLanes), groups = (rows + kRows - 1) / kRows;
+  // Few rows and whole vectors: B is read once, and packing would be one more pass over it. In short slices, so that a
+  // row of B is read whole before it leaves L1.
+  const bool direct = kIsFloat<T> && n == padded && rows <= kRows;
+  const int64_t slice = direct ? (n <= 256 ? 32 : 16) : slice_of(n, kDepth);
   if (depth <= 0 && !add) {
     zero_rows(c, row_c, rows, padded);
   }
   for (int64_t start = 0; start < depth; start += slice) {
-    const int64_t count = smaller(slice, depth - start);
+    const int64_t count = smaller(slice, depth - start), next = smaller(slice, depth - start - count);
     const Out out = add || start > 0 ? Out::kAdd : Out::kSet;
     const T* from = b + start * row_b;
+    const int64_t bytes = next * n * static_cast<int64_t>(sizeof(T));
     if constexpr (kIsFloat<T>) {
-      if (n == padded && rows <= kRows) {  // B is read once: packing would be one more pass over it
-        product_rows(a + start, row_a, 1, rows, from, row_b, c, row_c, n, count, out);
+      if (direct) {
+        const int64_t wide = widest(static_cast<int>(rows)) * kLanes, tiles = (padded + wide - 1) / wide;
+        product_rows(a + start, row_a, 1, rows, from, row_b, c, row_c, n, count, out,
+                     plan(far, from + count * row_b, bytes, tiles * count));
         continue;
       }
     }
@@ -192,12 +212,11 @@ void product(const float* a, int64_t row_a, int64_t rows, const T* b, int64_t ro
         store(load_upto(from + k * row_b + j, n - j), packing + panel * count + k * width + (j - panel));
       }
     }
-    Ahead ahead = far && start + count < depth ? reinterpret_cast<Ahead>(from + count * row_b) : 0;
-    const int64_t asked = (rows + kRows - 1) / kRows * count * kLineBytes;
-    for (int64_t j = 0; j < padded; j += kWide) {
+    const int64_t panels = (padded + kWide - 1) / kWide;
+    Ahead ahead = plan(far, from + count * row_b, bytes, panels * groups * count);
+    for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, groups * count)) {
       const int64_t width = smaller(kWide, padded - j);
       product_rows(a + start, row_a, 1, rows, packing + j * count, width, c + j, row_c, width, count, out, ahead);
-      ahead += ahead == 0 ? 0 : static_cast<Ahead>(asked);
     }
   }
 }

@@ -70,8 +70,8 @@ inline void pack_pairs_flat(const bf16* a, int64_t row_a, int64_t count, uint32_
   }
 }
 
-// R rows of A, G * kWide columns at a time, B made into pairs in registers: for so few rows, packing would cost more than
-// multiplying.
+// R rows of A, G * kWide columns at a time, B made into pairs in registers: for so few rows, packing would cost more
+// than multiplying.
 template <int R, int G>
 inline void few_rows(const uint32_t* a, int64_t row_a, const bf16* b, int64_t row_b, float* c, int64_t row_c,
                      int64_t n, int64_t depth, bool add) {
@@ -128,13 +128,12 @@ inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, i
       continue;
     }
     pack_pairs(from, row_b, n, count, panels);
-    Ahead ahead = far && start + count < depth ? reinterpret_cast<Ahead>(from + count * row_b) : 0;
-    const int64_t asked = (rows + kRows - 1) / kRows * pairs * kLineBytes;
-    for (int64_t j = 0; j < padded; j += kWide) {
+    const int64_t panel_count = (padded + kWide - 1) / kWide, steps = (rows + kRows - 1) / kRows * pairs;
+    Ahead ahead = plan(far, from + count * row_b, smaller(slice, depth - start - count) * n * 2, panel_count * steps);
+    for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, steps)) {
       const int64_t width = smaller(kWide, padded - j);
       product_rows<uint32_t>(x, row_a / 2, 1, rows, panels + j * pairs, width, c + j, row_c, width, pairs,
                              more ? Out::kAdd : Out::kSet, ahead);
-      ahead += ahead == 0 ? 0 : static_cast<Ahead>(asked);
     }
   }
 }
