@@ -1,6 +1,6 @@
 """Time masked_mean_pool against its peers and write a JSON file under benchmarks/results/.
 
-    python benchmarks/bench_masked_mean_pool.py [--quick] [--output FILE]
+    python benchmarks/bench_masked_mean_pool.py [--quick] [--seconds 2] [--output FILE]
 
 How it is measured: one process; in every round each contender runs once, in a new order, on the same inputs; the
 figure is the median over rounds. "cold" rows rotate through inputs that together exceed any cache, "warm" rows use
@@ -203,9 +203,10 @@ def call_overhead(seconds: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds; for trying out")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each row")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
-    seconds = 0.3 if arguments.quick else 2.0
+    seconds = 0.3 if arguments.quick else arguments.seconds
 
     facts = machine()
     bandwidth = read_bandwidth(10 if arguments.quick else 30)
