@@ -265,9 +265,13 @@ def least_seconds(head: Head) -> dict[str, float]:
     return {"gflop_per_second": round(rate / 1e9, 1), "seconds_per_head": per_row * rows / rate}
 
 
-def command(task_name: str, data: Path, cache: Path, separate_runs: int) -> dict[str, Any]:
+def command(
+    task_name: str, data: Path, cache: Path, backbone_dtype: str | None, separate_runs: int
+) -> dict[str, Any]:
     """Whole commands."""
     program = [sys.executable, "-m", "levi_fast", "train", "--cache", str(cache)]
+    if backbone_dtype is not None:
+        program += ["--backbone-dtype", backbone_dtype]
     if task_name == "movielens":
         program += ["--task-name", "movielens", "--data", str(data)]
     else:
@@ -313,6 +317,7 @@ def main() -> None:
     parser.add_argument("task", nargs="?", choices=("movielens", "imdb"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--cache", type=Path, help="command: the activation cache of the data")
+    parser.add_argument("--backbone-dtype", help="command: that the cache was built with; it is not loaded again")
     parser.add_argument("--epochs", type=int, default=2, help="training: of every configuration")
     parser.add_argument("--separate-runs", type=int, default=3, help="command: how many of the sixteen are timed")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -328,7 +333,9 @@ def main() -> None:
     elif arguments.part == "training":
         measured = training(arguments.task, arguments.data, arguments.epochs)
     else:
-        measured = command(arguments.task, arguments.data, arguments.cache, arguments.separate_runs)
+        measured = command(
+            arguments.task, arguments.data, arguments.cache, arguments.backbone_dtype, arguments.separate_runs
+        )
     document = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     document[" ".join(filter(None, (arguments.part, arguments.task)))] = {"machine": machine(), "measured": measured}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
