@@ -2,6 +2,7 @@
 
     python benchmarks/bench_cache.py build --data DIR       # DIR: orig/{train,dev,test}.tsv and new/test.tsv (IMDb)
     python benchmarks/bench_cache.py dtypes --data DIR
+    python benchmarks/bench_cache.py memory
 
 Each writes its part of benchmarks/results/cache_cpu.json.
 
@@ -12,17 +13,24 @@ files, the manifest). A ratio is of one round's two times.
 dtypes: one float32 cache of all texts is built; the bfloat16 and int8 caches are built from its taps by the same
 code, which stores what it would store with the backbone there, as float32 keeps the taps as they are. LEVI is
 trained on each with the settings of `levi-fast train`, for several seeds.
+
+memory: synthetic caches of growing size are read, shuffled batches first and then every shard, each in a process of
+its own that may keep 64 MiB of them mapped; the highest rise of resident memory is noted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -168,10 +176,65 @@ def dtypes(data: Path, folder: Path, seeds: int, epochs: int | None) -> dict[str
     return result
 
 
+class Wide(nn.Module):
+    """A stand-in for a backbone whose one tap is wide: large caches from few rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(1, 4096)])
+        self.config = SimpleNamespace(hidden_size=4096, num_hidden_layers=1, to_dict=dict)
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        out: Tensor = self.layers[0](inputs_embeds)
+        return out
+
+
+def memory_row(folder: str) -> dict[str, Any]:
+    """Read a cache in this process."""
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 2**20
+
+    cache = ActivationCache.open(folder, resident_bytes=64 * 2**20)
+    taps = cache["data"]
+    generator = torch.Generator().manual_seed(0)
+    taps[torch.zeros(128, dtype=torch.int64)]  # what a batch takes beside the file
+    taps.mapped.close()
+    before = shuffled = sequential = resident()
+    for _ in range(400):
+        taps[torch.randint(len(taps), (128,), generator=generator)]
+        shuffled = max(shuffled, resident())
+    for chunk in taps.chunks():
+        chunk.sum()
+        sequential = max(sequential, resident())
+    return {
+        "cache_mib": round(sum(entry.bytes or 0 for entry in cache.manifest.files()) / 2**20, 1),
+        "rows": len(taps),
+        "shards": len(cache.manifest.parts["data"].shards),
+        "rose_mib_shuffled": round(shuffled - before, 1),
+        "rose_mib_in_order": round(sequential - before, 1),
+    }
+
+
+def memory() -> dict[str, Any]:
+    """Resident memory over the size of the cache."""
+    rows = []
+    for count in (6_400, 25_600, 102_400):
+        data = [{"inputs_embeds": torch.full((1, 1), float(row))} for row in range(count)]
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            ActivationCache.build(Path(folder) / "c", Wide(), data, batch_size=128, batches_per_shard=8)
+            command = [sys.executable, __file__, "memory", "--folder", f"{folder}/c"]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        rows.append(json.loads(out.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    return {"resident_mib_allowed": 64, "rows_per_batch": 128, "rows": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("build", "dtypes"))
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("part", choices=("build", "dtypes", "memory"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--texts", type=int, default=256, help="build: how many")
     parser.add_argument("--rounds", type=int, default=5, help="build: of both contenders")
     parser.add_argument("--seeds", type=int, default=3, help="dtypes: runs per dtype")
@@ -182,7 +245,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    if arguments.part == "build":
+    if arguments.folder:
+        print(json.dumps(memory_row(arguments.folder)))
+        return
+    if arguments.part != "memory" and arguments.data is None:
+        parser.error(f"{arguments.part} needs --data")
+    if arguments.part == "memory":
+        measured = memory()
+    elif arguments.part == "build":
         measured = build(arguments.data, arguments.texts, arguments.rounds)
     else:
         with tempfile.TemporaryDirectory() as temporary:
