@@ -1,4 +1,4 @@
-"""The activation cache on real data: building beside the bare forward, size and accuracy per dtype, epochs from it.
+"""The activation cache: building beside the bare forward, size and accuracy per dtype, memory while it is read.
 
     python benchmarks/bench_cache.py build --data DIR       # DIR: orig/{train,dev,test}.tsv and new/test.tsv (IMDb)
     python benchmarks/bench_cache.py dtypes --data DIR
@@ -124,7 +124,7 @@ class Replay(TapExtractor):
 
 
 def dtypes(data: Path, folder: Path, seeds: int, epochs: int | None) -> dict[str, Any]:
-    """Size, accuracy and seconds per epoch, of every dtype."""
+    """Size and accuracy of every dtype."""
     backbone, tokenizer, task, splits = load(data)
     config = LeviConfig(
         backbone=DEFAULT_BACKBONE,
@@ -153,7 +153,6 @@ def dtypes(data: Path, folder: Path, seeds: int, epochs: int | None) -> dict[str
                     "id_accuracy": found.id["accuracy"],
                     "ood_accuracy": found.ood["new"]["accuracy"],
                     "validation_accuracy": found.fit.validation["accuracy"],
-                    "seconds_per_epoch": round(found.fit.seconds / options.epochs, 3),
                 }
             )
             print(dtype, runs[-1], flush=True)
@@ -164,7 +163,6 @@ def dtypes(data: Path, folder: Path, seeds: int, epochs: int | None) -> dict[str
             "largest_error_of_a_tap": worst,
             "id_accuracy": round(statistics.mean(run["id_accuracy"] for run in runs), 4),
             "ood_accuracy": round(statistics.mean(run["ood_accuracy"] for run in runs), 4),
-            "seconds_per_epoch": round(statistics.median(run["seconds_per_epoch"] for run in runs), 3),
             "runs": runs,
         }
     for dtype in DTYPES[1:]:
