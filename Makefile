@@ -53,6 +53,13 @@ $(STAMP): $(NATIVE_SOURCES) $(TORCH_STAMP) | $(BIN)/python
 .PHONY: install
 install: $(STAMP)  ## create .venv and install everything into it
 
+# Not installed by default: 700 MB unpacked, and without a GPU only the GPU kernels' own tests use it. (The interpreter
+# of Triton 3.6 does not take numpy 2.4.)
+TRITON_SPEC ?= triton==3.7.1
+.PHONY: triton
+triton: $(STAMP)  ## Triton, so that the tests run its kernels in its interpreter and compile them for four GPUs
+	$(PIP) install --no-deps "$(TRITON_SPEC)"
+
 .PHONY: demo
 demo: $(STAMP)  ## the whole method on a small synthetic data set, beside its baselines
 	$(BIN)/levi-fast demo

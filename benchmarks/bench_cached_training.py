@@ -56,7 +56,9 @@ def mapped_taps(folder: Path, name: str, rows: int, width: int) -> Tensor:
         for start in range(0, rows, 10_000):
             part = torch.randn(min(10_000, rows - start), width, generator=generator)
             file.write(part.numpy().tobytes())
-    return torch.from_file(str(path), shared=False, size=rows * width).view(rows, width)
+    taps = torch.from_file(str(path), shared=True, size=rows * width).view(rows, width)
+    assert taps.untyped_storage().filename is not None  # how the lean loop knows that they are on disk
+    return taps
 
 
 def chunks_of(dataset: EncodedDataset, batch_size: int) -> list[Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -145,12 +146,14 @@ def memory() -> dict[str, Any]:
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of every case, one call each a round."""
+    """Median seconds of every case, one call each a round; who follows whom changes, as it leaves memory behind."""
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for call in cases.values():
         call()
-    for _ in range(rounds):
-        for name, call in cases.items():
+    order = list(cases.items())
+    for place in range(rounds):
+        generator = random.Random(place)
+        for name, call in generator.sample(order, len(order)):
             started = time.perf_counter()
             call()
             taken[name].append(time.perf_counter() - started)

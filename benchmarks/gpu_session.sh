@@ -4,8 +4,9 @@
 #     OUT=results bash benchmarks/gpu_session.sh [seconds, default 570]
 #
 # Needs python3 with torch and triton, nvcc, cmake, ninja and pybind11; fetches nothing. Every step leaves what it has
-# under $OUT, so a call that is cut short keeps it: session.json (exit status of every step), logs.tar.gz, bench.json and
-# bench_cuda.json. A step that fails stops no other. DRY_RUN=1 goes through all steps without a GPU, at small sizes.
+# under $OUT, so a call that is cut short keeps it: session.json (exit status of every step), logs.tar.gz, bench.json,
+# bench_cuda.json, and <device>.json with tuned launches. A step that fails stops no other. DRY_RUN=1 goes through all
+# steps without a GPU, at small sizes.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${OUT:?name a folder for the results}"
@@ -82,8 +83,11 @@ fi
 step test_triton 150 "${tests[@]}" -m "not slow" tests/kernels/triton_cases.py --junit-xml="$LOGS/test_triton.xml"
 unset TRITON_INTERPRET
 step test_devices 80 "${tests[@]}" -m "$marks" tests/kernels/test_devices.py --junit-xml="$LOGS/test_devices.xml"
-step bench "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py "${device[@]}" --output "$OUT/bench.json" --budget "$(budget 400 90)"
+step bench "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py "${device[@]}" --output "$OUT/bench.json" --budget "$(budget 400 120)"
 # CUDA C++ alone, as a machine without Triton has it: no Python between a call and its kernels.
 LEVI_FAST_TRITON=0 step bench_cuda "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py "${device[@]}" \
-  --output "$OUT/bench_cuda.json" --budget "$(budget 60 30)"
+  --output "$OUT/bench_cuda.json" --budget "$(budget 50 60)"
+# Launch configurations for this GPU, for kernels/configs; what is left of the time.
+((DRY_RUN)) && export TRITON_INTERPRET=1
+step tune "$TOTAL" "$PYTHON" benchmarks/gpu/tune.py "${device[@]}" --output "$OUT" --budget "$(budget 300 15)"
 cat "$OUT/session.json"

@@ -16,6 +16,7 @@ if __name__ == "levi_fast.kernels":
         layerwise_ensemble,
         layerwise_loss,
         masked_mean_pool,
+        masked_mean_pool_into,
         use_backend,
     )
 
@@ -26,5 +27,6 @@ if __name__ == "levi_fast.kernels":
         "layerwise_ensemble",
         "layerwise_loss",
         "masked_mean_pool",
+        "masked_mean_pool_into",
         "use_backend",
     ]

@@ -9,14 +9,15 @@ programs every time: CUDA graphs can be captured, and results repeat bit for bit
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -212,6 +213,33 @@ def _nearest(device: str, kernel: str, dtype: str, shape: tuple[tuple[str, int],
     return nearest
 
 
+@dataclass
+class Trial:
+    """What a tuner sees and sets while :func:`trial` lasts.
+
+    Attributes:
+        instead: kernel's name to the configuration to launch it with.
+        asked: kernel's name to what its last launch asked: dtype, shape, and the configuration it would have had.
+    """
+
+    instead: dict[str, Any]
+    asked: dict[str, tuple[str, dict[str, int], Any]]
+
+
+_trial: Trial | None = None
+
+
+@contextlib.contextmanager
+def trial(**instead: Any) -> Iterator[Trial]:
+    """Launch the kernels named with other configurations inside the block: for benchmarks/gpu/tune.py alone."""
+    global _trial
+    before, _trial = _trial, Trial(instead, {})
+    try:
+        yield _trial
+    finally:
+        _trial = before
+
+
 def tuned_or(heuristic: Config, traits: DeviceTraits, kernel: str, dtype: torch.dtype, **shape: int) -> Config:
     """The device's tuned configuration at the nearest shape, or the heuristic's where none is near.
 
@@ -223,9 +251,16 @@ def tuned_or(heuristic: Config, traits: DeviceTraits, kernel: str, dtype: torch.
     Raises:
         TypeError: if the file's entry lacks a field of the dataclass or has one too many.
     """
-    nearest = _nearest(traits.name, kernel, str(dtype).removeprefix("torch."), tuple(shape.items()))
-    if nearest is None:
-        return heuristic
+    name = str(dtype).removeprefix("torch.")
+    nearest = _nearest(traits.name, kernel, name, tuple(shape.items()))
+    config = heuristic if nearest is None else _made_of(nearest, heuristic, traits, kernel)
+    if _trial is not None:
+        _trial.asked[kernel] = (name, dict(shape), config)
+        return cast(Config, _trial.instead.get(kernel, config))
+    return config
+
+
+def _made_of(nearest: Mapping[str, int], heuristic: Config, traits: DeviceTraits, kernel: str) -> Config:
     expected = {field.name for field in fields(heuristic)}
     if set(nearest) != expected:
         raise TypeError(

@@ -22,6 +22,7 @@ from levi_fast.kernels.registry import (
     register,
     requested_backend,
     require,
+    serving,
 )
 
 NAME = "masked_mean_pool"
@@ -207,6 +208,21 @@ def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     if backend is None:
         return _run_op(hidden, mask)
     return forced(NAME, backend, hidden)(hidden, mask)
+
+
+def masked_mean_pool_into(out: Tensor, hidden: Tensor, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
+    """The op without a gradient, its result written to ``out``; by Triton in the same launch, else copied there."""
+    alike = out.device == hidden.device and out.dtype == hidden.dtype
+    direct = alike and hidden.device.type == "cuda" and not torch.compiler.is_compiling()
+    if direct and serving(NAME, "cuda") == "triton":
+        from levi_fast.kernels import triton_dispatch
+
+        return triton_dispatch.pool_into(out, hidden, mask, normalize)
+    with torch.no_grad():
+        pooled = masked_mean_pool(hidden, mask)
+        if normalize and pooled.shape[1]:
+            pooled = torch.nn.functional.layer_norm(pooled, pooled.shape[1:])
+        return out.copy_(pooled)
 
 
 _register()

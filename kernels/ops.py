@@ -13,7 +13,7 @@ registry.define_ops(SCHEMAS, native_loaded=native.load().loaded)
 from levi_fast.kernels.cuda_dispatch import register as _register_cuda  # noqa: E402
 from levi_fast.kernels.layerwise_ensemble import layerwise_ensemble  # noqa: E402
 from levi_fast.kernels.layerwise_loss import layerwise_loss  # noqa: E402
-from levi_fast.kernels.masked_mean_pool import masked_mean_pool  # noqa: E402
+from levi_fast.kernels.masked_mean_pool import masked_mean_pool, masked_mean_pool_into  # noqa: E402
 from levi_fast.kernels.registry import (  # noqa: E402
     BackendUnavailableError,
     OpReport,
@@ -36,5 +36,6 @@ __all__ = [
     "layerwise_ensemble",
     "layerwise_loss",
     "masked_mean_pool",
+    "masked_mean_pool_into",
     "use_backend",
 ]

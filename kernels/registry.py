@@ -86,6 +86,11 @@ def _why_not(op: str, backend: str, device: str) -> str | None:
     return implementation.unavailable(device)
 
 
+def serving(op: str, device: str) -> str:
+    """The backend that serves an op on a device type: the one asked for, else the first that can."""
+    return requested_backend() or next(name for name in _ops[op] if _why_not(op, name, device) is None)
+
+
 def backend_report() -> dict[str, dict[str, OpReport]]:
     """Who serves each op on each device type, and why the others do not.
 

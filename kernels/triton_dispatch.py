@@ -73,6 +73,18 @@ def pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         return masked_mean_pool_triton.forward(hidden, mask)
 
 
+def pool_into(out: Tensor, hidden: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
+    """Pool, and normalise if asked, straight into ``out`` [B, D] of any strides."""
+    from levi_fast.kernels import masked_mean_pool_triton
+
+    check_pool(hidden, mask)
+    if normalize and hidden.shape[2] > masked_mean_pool_triton.LONGEST_ROW:
+        pooled = pool(hidden, mask)
+        return out.copy_(torch.nn.functional.layer_norm(pooled, pooled.shape[1:]))
+    with _on(hidden):
+        return masked_mean_pool_triton.forward(hidden, mask, normalize=normalize, out=out)
+
+
 def pool_backward(grad: Tensor, mask: Tensor | None, length: int) -> Tensor:
     """``levi_fast::masked_mean_pool_backward``."""
     from levi_fast.kernels import masked_mean_pool_triton

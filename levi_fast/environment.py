@@ -65,6 +65,7 @@ def environment_report() -> dict[str, Any]:
 
     problems: list[str] = []
     status = native.load()
+    cuda = native.load_cuda()
     info = status.build_info
     if not status.loaded:
         problems.append(status.reason)
@@ -104,6 +105,8 @@ def environment_report() -> dict[str, Any]:
             "needs_torch": f">={info.torch_minimum}" if info is not None else None,
             "isa_compiled": info.isa_compiled() if info is not None else [],
             "older_than_sources": stale,
+            "cuda_path": str(cuda.path) if cuda.path else None,
+            "cuda_reason": cuda.reason,
         },
         "ops": ops,
         "environment_variables": {
@@ -139,6 +142,7 @@ def render(report: dict[str, Any]) -> RenderableType:
         _row(native, "torch", f"built against {built['built_against_torch']}, serves {built['needs_torch']}")
         _row(native, "instruction sets", ", ".join(built["isa_compiled"]))
         _row(native, "in use", f"{cpu['isa_in_use']} (best on this machine: {cpu['isa_detected']})")
+    _row(native, "cuda kernels", built["cuda_path"] or built["cuda_reason"])
     for cause in built["tried_without_success"]:
         _row(native, "tried", cause)
 

@@ -35,6 +35,30 @@ def masked_mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     return kernels.masked_mean_pool(hidden, mask)
 
 
+def masked_mean_pool_into(
+    out: Tensor, hidden: Tensor, mask: Tensor | None = None, *, normalize: bool = False
+) -> Tensor:
+    """:func:`masked_mean_pool` of a frozen model's activations, written where it belongs: into a slice of a bank.
+
+    Args:
+        out: [B, D], any strides; a slice of an [L, B, D] bank.
+        hidden: [B, T, D].
+        mask: [B, T] or None.
+        normalize: also LayerNorm each pooled row, without affine parameters.
+
+    Returns:
+        ``out``. No gradient flows through it. On a GPU that Triton serves, pooling, LayerNorm and the writing are one
+        launch or two; elsewhere the pooled rows are copied.
+
+    Raises:
+        ValueError: if ``out`` has another shape than [B, D].
+        RuntimeError: as :func:`masked_mean_pool`.
+    """
+    if hidden.dim() == 3 and out.shape != (hidden.shape[0], hidden.shape[2]):
+        raise ValueError(f"out: expected {[hidden.shape[0], hidden.shape[2]]}, got {list(out.shape)}")
+    return kernels.masked_mean_pool_into(out, hidden, mask, normalize)
+
+
 def layerwise_ensemble(
     taps: Tensor | Sequence[Tensor],
     view: Tensor | None,

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from levi_fast.functional import masked_mean_pool
+from levi_fast.functional import masked_mean_pool, masked_mean_pool_into
 from levi_fast.layers import find_layers
 from levi_fast.selection import resolve_taps
 
@@ -107,7 +107,7 @@ class TapExtractor:
         for name, value in _KEEP_NOTHING.items():
             if name in self._accepted:
                 arguments[name] = value
-        pooled: list[Tensor | None] = [None] * len(self.layers)
+        pooled = _Bank(len(self.layers))
         handles = [
             self.blocks[layer].register_forward_hook(self._make_hook(pooled, position, mask))
             for position, layer in enumerate(self.layers)
@@ -120,26 +120,68 @@ class TapExtractor:
         finally:
             for handle in handles:
                 handle.remove()
-        missing = [layer for layer, tap in zip(self.layers, pooled, strict=True) if tap is None]
+        missing = [layer for layer, tap in zip(self.layers, pooled.taps, strict=True) if tap is None]
         if missing:  # e.g. layer drop, or a model that calls its blocks' insides directly
             raise RuntimeError(f"taps: the backbone's forward never ran its layers {missing}")
-        taps = cast(list[Tensor], pooled)
-        if len({tap.shape[1] for tap in taps}) == 1:
-            return torch.stack(taps)
-        return taps
+        return pooled.result()
 
-    def _make_hook(
-        self, pooled: list[Tensor | None], position: int, mask: Tensor | None
-    ) -> Callable[[nn.Module, Any, Any], None]:
+    def _make_hook(self, pooled: _Bank, position: int, mask: Tensor | None) -> Callable[[nn.Module, Any, Any], None]:
         last = position == len(self.layers) - 1
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output if isinstance(output, Tensor) else output[0]
-            pooled[position] = pool(hidden, mask, self.pooling)
+            pooled.put(position, hidden, mask, self.pooling)
             if last:
                 raise _LastTapReached
 
         return hook
+
+
+class _Bank:
+    """The taps as they come: rows of one [L, B, D] bank while their shapes agree, else tensors of their own."""
+
+    def __init__(self, count: int) -> None:
+        self.taps: list[Tensor | None] = [None] * count
+        self._bank: Tensor | None = None
+        self._inside: set[int] = set()  # positions whose tap is a row of the bank
+
+    def put(self, position: int, hidden: Tensor, mask: Tensor | None, pooling: str) -> None:
+        """Pool one layer's output into its place."""
+        hidden, mask = _tokens(hidden, mask)
+        shape = (hidden.shape[0], hidden.shape[2])
+        if pooling == "mean" and self._bank is None:
+            self._bank = hidden.new_empty((len(self.taps), *shape))
+        place = None if self._bank is None or pooling != "mean" else self._bank[position]
+        if place is not None and (place.shape, place.dtype, place.device) == (shape, hidden.dtype, hidden.device):
+            self.taps[position] = masked_mean_pool_into(place, hidden, mask)
+            self._inside.add(position)
+        else:
+            self.taps[position] = pool(hidden, mask, pooling)
+            self._inside.discard(position)
+
+    def result(self) -> Tensor | list[Tensor]:
+        """[L, B, D], or L tensors [B, D_l] where widths differ."""
+        taps = cast(list[Tensor], self.taps)
+        if self._bank is not None and len(self._inside) == len(taps):
+            return self._bank
+        if len({tap.shape[1] for tap in taps}) == 1:
+            return torch.stack(taps)
+        # A row must not keep the whole bank alive.
+        return [tap.clone() if position in self._inside else tap for position, tap in enumerate(taps)]
+
+
+def _tokens(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """[B, T, D] and its mask; of a convolutional stage [B, D, height, width] every position is a token."""
+    if hidden.dim() == 4:
+        hidden, mask = hidden.flatten(2).transpose(1, 2), None
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden: expected [B, T, D] or [B, D, height, width], got {list(hidden.shape)}")
+    if mask is not None and mask.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"attention_mask: expected the hidden states' {hidden.shape[1]} positions, got {mask.shape[1]}; "
+            "pad the inputs to a length that the backbone keeps"
+        )
+    return hidden, mask
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
@@ -156,15 +198,7 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     Raises:
         ValueError: if the mask's length differs from T.
     """
-    if hidden.dim() == 4:
-        hidden, mask = hidden.flatten(2).transpose(1, 2), None
-    if hidden.dim() != 3:
-        raise ValueError(f"hidden: expected [B, T, D] or [B, D, height, width], got {list(hidden.shape)}")
-    if mask is not None and mask.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"attention_mask: expected the hidden states' {hidden.shape[1]} positions, got {mask.shape[1]}; "
-            "pad the inputs to a length that the backbone keeps"
-        )
+    hidden, mask = _tokens(hidden, mask)
     if pooling == "mean":
         return masked_mean_pool(hidden, mask)
     if mask is None:

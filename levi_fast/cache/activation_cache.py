@@ -161,7 +161,8 @@ class ActivationCache(Mapping[str, CachedTaps]):
         """
         job = _job(backbone, data, **arguments)
         plans = plan_parts(job.sources, **job.template.layout)
-        seconds, _ = probe(job, [shard for plan in plans.values() for shard in plan.shards])
+        shards = [shard for plan in plans.values() for shard in plan.shards]
+        seconds, _ = probe(job, shards, shards)
         entries = sum(len(source.first) for source in job.sources.values())
         size = entries * row_bytes(job.template.dtype, job.template.widths)
         size += sum(len(plan.index) for plan in plans.values())

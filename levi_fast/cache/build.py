@@ -97,7 +97,8 @@ class Builder:
                 manifest = self._start()
                 plans = self._plans(manifest)
                 self._write_indices(manifest, plans)
-                announce(self.folder, self.world, lock)
+                with writing(self.folder):
+                    announce(self.folder, self.world, lock)
             else:
                 wait_for_plan(self.folder, self.world, self.wait_seconds)
                 manifest = self._follow()
@@ -107,12 +108,14 @@ class Builder:
                 wait_for_others(self.folder, self.world, self.wait_seconds)
                 self._finish(manifest)
             else:
-                lock.say("done")
+                with writing(self.folder):
+                    lock.say("done")
                 wait_for_end(self.folder, lambda: (found := read_manifest(self.store)) is not None and found.complete)
 
     def _start(self) -> Manifest:
         """The manifest to fill: the one that is there, or a new one."""
-        names = sorted(path.name for path in self.folder.iterdir())
+        with writing(self.folder):
+            names = sorted(path.name for path in self.folder.iterdir())
         foreign = [name for name in names if not _OWN_FILE.fullmatch(name) and not _TEMPORARY.fullmatch(name)]
         if foreign:
             raise DataError(
@@ -220,7 +223,8 @@ class Builder:
             self.on_estimate(self._estimate(manifest, left))
 
     def _estimate(self, manifest: Manifest, left: list[ShardPlan]) -> Estimate:
-        seconds, self._ready = probe(self.job, left)
+        # batches of the first shard alone: a build that is killed is to lose no more than the shard it is at
+        seconds, self._ready = probe(self.job, left, left[:1])
         missing = [FileEntry(shard.file, shard.count) for shard in left]
         return Estimate(
             rows=sum(part.rows * part.views for part in manifest.parts.values()),
@@ -269,19 +273,29 @@ def run_batch(job: Job, part: str, batch: tuple[int, ...]) -> Tensor:
     return stacked(job.extractor(**accepted))
 
 
-def probe(job: Job, shards: list[ShardPlan]) -> tuple[float, dict[Batch, Tensor]]:
-    """Time a few batches of different length: seconds for all batches, and the timed ones' taps for later use."""
-    batches = [(shard.part, batch) for shard in shards for batch in shard.batches]
-    costs = [padded_tokens(job.sources[part].rows, batch) for part, batch in batches]
-    order = sorted(range(len(batches)), key=lambda place: costs[place])
+def probe(job: Job, shards: list[ShardPlan], timed: list[ShardPlan]) -> tuple[float, dict[Batch, Tensor]]:
+    """Time a few batches of different length.
+
+    Args:
+        job: what is built.
+        shards: all that is to be computed.
+        timed: those of them that batches are taken from.
+
+    Returns:
+        seconds for all batches of ``shards``, and the timed ones' taps for later use.
+    """
+
+    def cost(batch: Batch) -> int:
+        return padded_tokens(job.sources[batch[0]].rows, batch[1])
+
+    candidates = sorted(((shard.part, batch) for shard in timed for batch in shard.batches), key=cost)
     ready: dict[Batch, Tensor] = {}
     probed = []
-    for place in probe_places(len(order)):
-        chosen = batches[order[place]]
+    for place in probe_places(len(candidates)):
         started = time.perf_counter()
-        ready[chosen] = run_batch(job, *chosen)
-        probed.append((costs[order[place]], time.perf_counter() - started))
-    return total_seconds(costs, probed), ready
+        ready[candidates[place]] = run_batch(job, *candidates[place])
+        probed.append((cost(candidates[place]), time.perf_counter() - started))
+    return total_seconds([cost((s.part, batch)) for s in shards for batch in s.batches], probed), ready
 
 
 @contextlib.contextmanager

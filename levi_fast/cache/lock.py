@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -14,6 +13,11 @@ from types import TracebackType
 from typing import Self
 
 from levi_fast.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows: a cache can be read there
+    fcntl = None  # type: ignore[assignment]
 
 # Somebody who only looks whether the lock is held (see `peek`) holds it himself for a moment.
 _PATIENCE_SECONDS = 0.5
@@ -54,6 +58,8 @@ class BuilderLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
+        if fcntl is None:
+            raise DataError("cache: building needs a system with file locks (flock), such as Linux")
         end = time.monotonic() + _PATIENCE_SECONDS
         while (descriptor := _lock(self.path)) is None:
             if time.monotonic() > end:

@@ -16,7 +16,7 @@ from levi_fast.backbones import (
     packaged_folder,
     resolve_backbone,
 )
-from levi_fast.cache import ActivationCache, CacheMismatchError, Damage
+from levi_fast.cache import ActivationCache, CacheMismatchError
 from levi_fast.cache.activation_cache import damages
 from levi_fast.cache.key import config_key, differences, preprocessor_key
 from levi_fast.cache.manifest import Manifest
@@ -78,11 +78,10 @@ def cached_taps(request: CacheRequest, splits: Splits, console: Console) -> tupl
         build_cache(request, splits, console)
     else:
         check_cache(request, manifest, store.path)
-        with console.status(f"checking {store.path}"):
-            broken = damages(store, manifest.files(), checksum=True)
-        if broken:
-            _repair(request, splits, store, broken, console)
-    cache = ActivationCache.open(request.folder, check=False)  # checked or built just now
+        if isinstance(store, LocalStore):
+            _repair(request, splits, store, manifest, console)
+    # what is here was checked or built just now; elsewhere a shard is checked when it is fetched
+    cache = ActivationCache.open(request.folder, check=not isinstance(store, LocalStore))
     bank = TapBank.from_cache(cache, splits)
     moved = [name for name, (taps, _) in bank.taps.items() if name not in cache or taps is not cache[name]]
     if moved:
@@ -172,12 +171,12 @@ def _same_backbone(request: CacheRequest, manifest: Manifest) -> bool:
     return in_the_same_way and same_files(recorded["files"], weight_files(request.backbone))
 
 
-def _repair(request: CacheRequest, splits: Splits, store: Store, broken: list[Damage], console: Console) -> None:
-    shown = "; ".join(map(str, broken[:3]))
-    if not isinstance(store, LocalStore):
-        raise DataError(f"cache: {store.path} is damaged: {shown}")
-    console.note(f"cache: {store.path} is damaged, and is being repaired: {shown}")
-    build_cache(request, splits, console)
+def _repair(request: CacheRequest, splits: Splits, store: Store, manifest: Manifest, console: Console) -> None:
+    with console.status(f"checking {store.path}"):
+        broken = damages(store, manifest.files(), checksum=True)
+    if broken:
+        console.note(f"cache: {store.path} is damaged, and is being repaired: {'; '.join(map(str, broken[:3]))}")
+        build_cache(request, splits, console)
 
 
 def _record(manifest: Manifest, name: str) -> BackboneRecord:

@@ -76,7 +76,7 @@ def prefetched(dataset: EncodedDataset, chunks: Sequence[Tensor]) -> Iterator[di
 
 
 def _is_on_disk(taps: Any) -> bool:
-    """Whether taps are read from disk when indexed: a cache's, or a tensor on a mapped file that torch knows of."""
+    """Whether taps are read from disk when indexed: a cache's, or those of ``torch.from_file(..., shared=True)``."""
     if taps is None:
         return False
     return not isinstance(taps, Tensor) or (taps.device.type == "cpu" and taps.untyped_storage().filename is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from levi_fast.backbones import DEFAULT_BACKBONE
@@ -98,6 +99,10 @@ def _check_cache(request: TrainRequest) -> None:
         raise DataError("--cache: --method task-model reads no taps")
     if not request.precompute:
         raise DataError("--cache: --no-precompute runs the backbone in every epoch; leave out one of them")
+    if "://" not in request.cache and request.output:
+        cache, output = Path(request.cache).expanduser().resolve(), Path(request.output).resolve()
+        if cache == output or cache in output.parents or output in cache.parents:
+            raise DataError(f"--cache: expected a folder apart from --output {request.output}, got {request.cache}")
     if request.cache_dtype is not None and request.cache_dtype not in DTYPES:
         raise DataError(f"--cache-dtype: expected one of {', '.join(DTYPES)}, got {request.cache_dtype!r}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from levi_fast.training.commands import (
 from levi_fast.training.metrics import SELECTION_METRIC
 from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.runs import MethodResult, TapBank, method_config
-from levi_fast.training.sweep import Head, HeadResult, ranked, train_heads
+from levi_fast.training.sweep import Head, HeadProgress, HeadResult, ranked, train_heads
 from levi_fast.training.sweep_file import Configuration, read_sweep
 
 SWEEP_FILE = "sweep.json"
@@ -69,7 +69,7 @@ def train_sweep(request: TrainRequest, sweep: str, console: Console) -> dict[str
     heads = [head for column in columns for head in column.heads]
     console.note(f"training {len(heads)} configurations")
     with console.progress("training configurations") as report:
-        results = train_heads(heads, on_head=lambda done, total, _: report(done, total))
+        results = train_heads(heads, on_head=_forget_all_but_the_best(columns, report))
     of_head = {result.head.name: result for result in results}
     rankings = [ranked([of_head[head.name] for head in column.heads]) for column in columns]
     for ranking in rankings:
@@ -90,6 +90,25 @@ def train_sweep(request: TrainRequest, sweep: str, console: Console) -> dict[str
         _print(column, ranking, console)
     console.note(f"wrote {request.output}")
     return document
+
+
+def _forget_all_but_the_best(columns: Sequence[LabelColumn], report: Callable[[int, int], None]) -> HeadProgress:
+    """Progress that lets go of the weights of every head but its column's best so far: there may be a thousand."""
+    column_of = {head.name: place for place, column in enumerate(columns) for head in column.heads}
+    order = {name: place for place, name in enumerate(column_of)}
+    best: dict[int, HeadResult] = {}
+
+    def on_head(done: int, total: int, result: HeadResult) -> None:
+        place = column_of[result.head.name]
+        rivals = [best[place], result] if place in best else [result]
+        rivals.sort(key=lambda rival: order[rival.head.name])  # of equals the first is kept, as in the final ranking
+        kept, *others = ranked(rivals)
+        best[place] = kept
+        for other in others:
+            other.weights.clear()
+        report(done, total)
+
+    return on_head
 
 
 def _label_columns(

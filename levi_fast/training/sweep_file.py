@@ -10,6 +10,9 @@ A list names each configuration, and says what it has beside the command line's 
     configurations:
       - {name: plain}
       - {name: wide, hidden_width: 512, seed: 1}
+
+A configuration's seed is that of its weights, dropout and order of rows. Which rows are held out for validation, and
+how a named data set is split, follows the command line's ``--seed`` for all of them.
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ def build(backbone: str, folder: str, moment: str, report: int) -> None:
 
     extractor = Reporting(load_backbone(backbone))
     data = {name: texts(*arguments) for name, arguments in DATA.items()}
-    ActivationCache.build(folder, extractor, data, batch_size=4, batches_per_shard=2)
+    ActivationCache.build(
+        folder, extractor, data, batch_size=4, batches_per_shard=2, on_estimate=lambda estimate: None
+    )
 
 
 def main() -> None:

@@ -85,6 +85,7 @@ class TestKilled:
             lost = int(done) + resumed.batches - whole.batches
             assert 0 <= lost <= 2, f"{moment}: {lost} batches were run twice, a shard has 2"
 
+    @pytest.mark.slow
     def test_from_outside_at_a_time_of_its_own(
         self,
         tmp_path: Path,

@@ -51,8 +51,10 @@ def no_backbone(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 class TestTrain:
-    @pytest.mark.parametrize("loop", ["trainer", "lean"])
-    @pytest.mark.parametrize("method", ["levi", "linear-probe", "taps-only"])
+    @pytest.mark.parametrize(
+        ("method", "loop"),
+        [("levi", "trainer"), ("levi", "lean"), ("linear-probe", "lean"), ("taps-only", "lean")],
+    )
     def test_the_same_bits_without_the_backbone(
         self,
         levi_fast: Run,
@@ -257,6 +259,9 @@ class TestMisses:
         self.miss(levi_fast, [*train_arguments, "--cache-dtype", "int8"], "--cache-dtype: only with --cache")
         self.miss(levi_fast, [*train_arguments, *cache, "--cache-dtype", "int4"], "--cache-dtype: expected one of")
         assert not os.path.exists(cache[1])
+        for folder in ("model", "model/cache", "."):
+            together = [*train_arguments, "--cache", str(tmp_path / folder)]
+            self.miss(levi_fast, together, "--cache: expected a folder apart from --output")
 
 
 def test_a_sweep_trains_from_the_cache(

@@ -88,6 +88,20 @@ def test_a_sweep_on_a_cache_does_not_load_the_backbone(
     assert (heads["seed=5"]["id"], heads["seed=5"]["ood"]) == (alone["id"], alone["ood"])
 
 
+def test_of_equals_the_first_is_saved(
+    levi_fast: Run, train_arguments: list[str], tmp_path: Path, two_workers: None
+) -> None:
+    (tmp_path / "sweep.yaml").write_text("max_grad_norm: [3e3, 1e3, 2e3]")  # none of which clips anything
+    status, _, err = levi_fast(*train_arguments, "--sweep", str(tmp_path / "sweep.yaml"))
+    assert status == 0, err
+    heads = read(tmp_path / "model" / "sweep.json")["columns"][0]["heads"]
+    assert [head["settings"]["max_grad_norm"] for head in heads] == [3e3, 1e3, 2e3]
+    assert len({json.dumps(head["validation"]) for head in heads}) == 1
+    assert read(tmp_path / "model" / "metrics.json")["sweep"]["configuration"] == "max_grad_norm=3000.0"
+    test = train_arguments[train_arguments.index("--test") + 1]
+    assert levi_fast("evaluate", "--model", str(tmp_path / "model"), "--data", test)[0] == 0
+
+
 def test_several_label_columns_write_a_folder_each(
     levi_fast: Run, train_arguments: list[str], tmp_path: Path
 ) -> None:

@@ -52,6 +52,30 @@ def test_taps_are_the_pooled_layer_outputs(build_backbone, inputs_for, name, poo
             torch.testing.assert_close(tap[row], expected, rtol=1e-5, atol=1e-6)
 
 
+class Stack(nn.Module):
+    """A backbone of plain layers, whatever their widths and dtypes."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x.to(next(layer.parameters()).dtype))
+        return x
+
+
+def test_equal_taps_are_rows_of_one_bank_and_others_stand_alone():
+    x = torch.randn(3, 5, 4)
+    equal = TapExtractor(Stack(nn.Linear(4, 6), nn.Linear(6, 6)))(x=x)
+    assert isinstance(equal, torch.Tensor) and equal.shape == (2, 3, 6)
+    unequal = TapExtractor(Stack(nn.Linear(4, 6), nn.Linear(6, 7), nn.Linear(7, 6)))(x=x)
+    assert [tap.shape[1] for tap in unequal] == [6, 7, 6]
+    assert all(tap.untyped_storage().nbytes() == 4 * tap.numel() for tap in unequal)  # not a row of something larger
+    mixed = TapExtractor(Stack(nn.Linear(4, 6).bfloat16(), nn.Linear(6, 6)))(x=x)
+    assert mixed.dtype == torch.float32  # nothing is rounded to the first layer's dtype
+
+
 @pytest.mark.parametrize("name", ["bert", "t5_encoder", "vit"])
 def test_taps_are_transformers_hidden_states(build_backbone, inputs_for, name):
     backbone, inputs = build_backbone(name), inputs_for(name)

@@ -112,6 +112,15 @@ def test_pooling(place: str, shape: tuple[int, int, int], dtype: torch.dtype) ->
     close("gradient", ours_grad, results[0][1], results[1][1], dtype)
 
 
+def test_pooling_into_a_bank(place: str) -> None:
+    bank = torch.full((3, 20, 48), 7.0, device=place)
+    hidden, mask = torch.randn(20, 300, 48, device=place), torch.rand(20, 300, device=place) > 0.3
+    functional.masked_mean_pool_into(bank[1], hidden, mask, normalize=True)
+    expected = torch.nn.functional.layer_norm(functional.masked_mean_pool(hidden, mask), (48,))
+    torch.testing.assert_close(bank[1], expected)
+    assert (bank[::2] == 7).all()
+
+
 # --- what a GPU alone can show ------------------------------------------------------------------------------------
 
 

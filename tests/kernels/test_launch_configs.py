@@ -73,6 +73,16 @@ def test_an_entry_with_other_fields_says_so(folder: Path) -> None:
         find(B=16)
 
 
+def test_a_trial_sees_what_is_asked_and_sets_it_while_it_lasts() -> None:
+    other = replace(HEURISTIC, block_m=32)
+    with launch_configs.trial(first_product=other) as seen:
+        assert find(B=16) == other
+        with launch_configs.trial():
+            assert find(B=8) == HEURISTIC
+        assert seen.asked == {"first_product": ("float16", {"B": 16}, HEURISTIC)}
+    assert find(B=16) == HEURISTIC
+
+
 @pytest.mark.parametrize("hip", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("batch", [1, 16, 33, 1024, 65536])

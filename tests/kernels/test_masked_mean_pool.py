@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from levi_fast.functional import masked_mean_pool
+from levi_fast.functional import masked_mean_pool, masked_mean_pool_into
 from levi_fast.kernels import native, use_backend
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -263,7 +263,7 @@ def test_every_output_element_is_written(run_python: Callable[..., subprocess.Co
     """The allocator fills what it hands out with 0xfe, so that a forgotten element cannot pass for a zero."""
     script = """
 import torch
-from levi_fast.functional import masked_mean_pool
+from levi_fast.functional import masked_mean_pool, masked_mean_pool_into
 assert (torch.empty(5000, dtype=torch.uint8) == 0xFE).all(), "unfilled"
 for shape in [(3, 5, 37), (2, 0, 1000), (4, 70, 1030), (300, 3, 5)]:
     hidden = torch.ones(shape, requires_grad=True)
@@ -280,3 +280,18 @@ print("all written")
     if "unfilled" in done.stderr:
         pytest.skip("this C library does not fill allocations (MALLOC_PERTURB_ is glibc's)")
     assert "all written" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_pooling_into_a_bank_writes_its_slice_alone(backend: str, normalize: bool) -> None:
+    bank = torch.full((3, 4, 9), 7.0)
+    hidden, mask = torch.randn(4, 6, 9), torch.rand(4, 6) > 0.3
+    with use_backend(backend):
+        given = masked_mean_pool_into(bank[1], hidden, mask, normalize=normalize)
+    expected = masked_mean_pool(hidden, mask)
+    expected = torch.nn.functional.layer_norm(expected, (9,)) if normalize else expected
+    assert given.data_ptr() == bank[1].data_ptr()
+    torch.testing.assert_close(bank[1], expected)
+    assert torch.equal(bank[::2], torch.full((2, 4, 9), 7.0))
+    with pytest.raises(ValueError, match=r"out: expected \[4, 9\], got \[4, 8\]"):
+        masked_mean_pool_into(bank[0, :, :8], hidden)

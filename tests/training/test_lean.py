@@ -187,13 +187,25 @@ class TestStreaming:
         whole = trained(task, "lean")
         taps = task.train.taps()
         taps.numpy().tofile(tmp_path / "taps.bin")
-        mapped = torch.from_file(str(tmp_path / "taps.bin"), shared=False, size=taps.numel()).view(taps.shape)
+        mapped = torch.from_file(str(tmp_path / "taps.bin"), shared=True, size=taps.numel()).view(taps.shape)
+        assert mapped.untyped_storage().filename is not None
         task.train.set_taps(mapped)
         with resident(task.train):
+            assert task.train.tap_source() is not mapped
             assert task.train.tap_source().untyped_storage().filename is None
         monkeypatch.setattr(prefetch, "MEMORY_SHARE", 0.0)
+        seen: set[str] = set()
+        gather = EncodedDataset.__getitems__
+
+        def spied(dataset: EncodedDataset, rows: Any) -> Any:
+            seen.add(threading.current_thread().name)
+            return gather(dataset, rows)
+
+        monkeypatch.setattr(EncodedDataset, "__getitems__", spied)
         with resident(task.train):
             assert task.train.tap_source() is mapped
+            list(prefetched(task.train, torch.arange(64).split(8)))
+        assert seen == {"levi-fast-prefetch"}
         assert_same(trained(task, "lean"), whole)
 
     def test_an_error_reaches_the_loop_and_no_thread_stays(self, cached_task: Tasks) -> None:
