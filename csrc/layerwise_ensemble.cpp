@@ -412,7 +412,11 @@ std::vector<Tensor> layerwise_ensemble_backward(
   const int64_t rows = rows_for(kernels, in, threads);
   const int64_t space = kernels.scratch(in.args, std::max<int64_t>(rows, 64));
   const int64_t blocks = (batch + rows - 1) / rows;
-  run_tasks(layers * blocks, threads, [&](int64_t task) {
+  // Little beside the sums below, so it has an estimate of its own: the activation's slope, the product behind it, and
+  // the taps' moments.
+  const double by_rows = static_cast<double>(lead * first) * (2.0 + 0.035 * static_cast<double>(outputs)) +
+                         static_cast<double>(batch * in.tap_columns) * 0.1;
+  run_tasks(layers * blocks, threads_for(by_rows), [&](int64_t task) {
     const int64_t begin = task % blocks * rows;
     kernels.backward_rows(args, task / blocks, begin, std::min(begin + rows, batch), thread_scratch(space));
   });

@@ -107,7 +107,7 @@ Tensor masked_mean_pool_backward(const Tensor& grad, const std::optional<Tensor>
   const int64_t width = grad.size(1);
   check_mask(op, mask, batch, length);
 
-  Tensor out = empty_like_dtype(grad, {batch, length, width});
+  Tensor out = empty_kept(grad, {batch, length, width});
   const int64_t rows = batch * length;
   if (rows == 0 || width == 0) {
     return out;

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from levi_fast.kernels import native
+from levi_fast.kernels import native, registry
 from levi_fast.kernels.registry import (
     LIBRARY,
     Implementation,
     call,
     forced,
     raise_second_derivative,
+    records_plainly,
     register,
     requested_backend,
     require,
@@ -26,6 +27,7 @@ from levi_fast.kernels.registry import (
 )
 
 NAME = "masked_mean_pool"
+below_autograd: Any = registry._below_autograd
 _NATIVE_MISSING = native.load().reason  # a constant, so that Dynamo has nothing to trace
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOAT_DTYPES)
@@ -153,6 +155,25 @@ class _Eager(torch.autograd.Function):
         return _EagerBackward.apply(grad, mask, ctx.length), None
 
 
+class _Function(torch.autograd.Function):
+    """The op's gradient for ordinary calls, without the cost of torch.library's own wrapper."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.length = hidden.shape[1]
+        with below_autograd():
+            return _OP(hidden, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _BACKWARD_OP(grads[0], mask, ctx.length), None
+        with below_autograd():
+            return _BACKWARD_OP(grads[0], mask, ctx.length), None
+
+
 # --- registration -------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +220,8 @@ def _cpp_unavailable(device: str) -> str | None:
 
 
 def _run_op(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    if below_autograd is not None and records_plainly(hidden):
+        return _Function.apply(hidden, mask)
     return call(_OP, hidden, mask)
 
 
@@ -227,3 +250,4 @@ def masked_mean_pool_into(out: Tensor, hidden: Tensor, mask: Tensor | None = Non
 
 _register()
 _OP = torch.ops.levi_fast.masked_mean_pool.default
+_BACKWARD_OP = torch.ops.levi_fast.masked_mean_pool_backward.default

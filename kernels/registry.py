@@ -231,6 +231,17 @@ def call(op: Callable[..., Tensor], tensor: Tensor, *others: Any) -> Tensor:
         return op(tensor, *others)
 
 
+def records_plainly(tensor: Tensor) -> bool:
+    """Whether a call on ``tensor`` records a gradient and no compiler or transform has a hand on it."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.requires_grad
+        and torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+        and _plain(tensor)
+    )
+
+
 def _plain(tensor: Tensor) -> bool:
     """Whether a tensor is no wrapper: subclasses and torch.func's wrapped tensors dispatch by themselves."""
     return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
