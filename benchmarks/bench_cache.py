@@ -233,8 +233,8 @@ def main() -> None:
     parser.add_argument("part", choices=("build", "dtypes", "memory"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--texts", type=int, default=256, help="build: how many")
-    parser.add_argument("--rounds", type=int, default=5, help="build: of both contenders")
+    parser.add_argument("--texts", type=int, default=1024, help="build: how many")
+    parser.add_argument("--rounds", type=int, default=3, help="build: of both contenders")
     parser.add_argument("--seeds", type=int, default=3, help="dtypes: runs per dtype")
     parser.add_argument("--epochs", type=int, help="dtypes: of every run; default: that of levi-fast train")
     parser.add_argument(
@@ -257,7 +257,8 @@ def main() -> None:
             folder = arguments.caches or Path(temporary)
             measured = dtypes(arguments.data, folder, arguments.seeds, arguments.epochs)
     document = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    document[arguments.part] = {"machine": machine(), "measured": measured}
+    part = f"build_{arguments.texts}_texts" if arguments.part == "build" else arguments.part
+    document[part] = {"machine": machine(), "measured": measured}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(arguments.output, json.dumps(document, indent=1) + "\n")
     print(json.dumps(measured, indent=1))
