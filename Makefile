@@ -99,8 +99,9 @@ cuda-compile: $(STAMP)  ## the CUDA kernels by nvcc for three GPUs, none needed;
 	$(BIN)/python tests/kernels/cuda_build.py --jobs $(JOBS)
 
 .PHONY: bench
-bench: $(STAMP)  ## time the pooling op against its peers; writes JSON under benchmarks/results/
+bench: $(STAMP)  ## time pooling and the ensemble against their peers; writes JSON under benchmarks/results/
 	$(BIN)/python benchmarks/bench_masked_mean_pool.py
+	$(BIN)/python benchmarks/bench_ensemble.py
 
 .PHONY: clean
 clean:  ## remove what was built, but not .venv
