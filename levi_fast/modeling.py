@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from levi_fast import functional
 from levi_fast.backbones import BackboneRecord, backbone_name, fingerprint, load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.errors import BackboneMismatchError, DataError
@@ -30,10 +28,12 @@ from levi_fast.model_folder import (
     read_weights,
 )
 from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
+from levi_fast.objective import objective_loss
 from levi_fast.quantization import backbone_dtype
-from levi_fast.reference import ProblemType, blend
+from levi_fast.reference import blend
 from levi_fast.storage import staged_directory
 from levi_fast.taps import TapExtractor
+from levi_fast.view import keyword_names, task_model_of, view_width_for
 from levi_fast.widths import measure_widths
 
 _BACKBONE_PREFIX = "backbone."
@@ -85,7 +85,7 @@ class LeviModel(PreTrainedModel):
         super().__init__(config)
         if config.tap_widths is None:
             raise ValueError("config.tap_widths: expected the taps' widths; build a new model with get_levi_model")
-        self.task_model = task_model if task_model is not None else _build_task_model(config)
+        self.task_model = task_model if task_model is not None else task_model_of(config)
         self.ensemble = LayerwiseEnsemble(
             config.tap_widths,
             config.view_width,
@@ -106,7 +106,7 @@ class LeviModel(PreTrainedModel):
                 cast(Any, config.pooling),
                 layers=config.backbone_layers,
             )
-        self._task_inputs, self._task_takes_all = _keyword_names(self.task_model)
+        self._task_inputs, self._task_takes_all = keyword_names(self.task_model)
         self.post_init()
         self.register_state_dict_post_hook(_drop_backbone)
         self.register_load_state_dict_post_hook(_forgive_missing_backbone)
@@ -216,19 +216,7 @@ class LeviModel(PreTrainedModel):
 
     def loss(self, output: EnsembleOutput, labels: Tensor) -> Tensor:
         """LEVI's objective on the ensemble's raw outputs; sets ``config.problem_type`` by transformers' rule."""
-        config = self.config
-        if config.problem_type is None:
-            config.problem_type = _infer_problem_type(cast(int, config.num_labels), labels)
-        problem_type = config.problem_type
-        _check_labels(labels, output.logits, problem_type)
-        if problem_type == "regression":
-            labels = (labels.float() - config.target_mean) / config.target_std
-        if config.objective == "per_layer":
-            return functional.layerwise_loss(output.layer_logits, labels, problem_type)
-        ensemble = functional.layerwise_loss(output.logits[None], labels, problem_type)
-        if config.objective == "ensemble":
-            return ensemble
-        return (functional.layerwise_loss(output.layer_logits, labels, problem_type) + ensemble) / 2
+        return objective_loss(output, labels, cast(LeviConfig, self.config))
 
     def num_parameters_by_part(self) -> tuple[int, int]:
         """(trained, all) parameters, the backbone's included in the second."""
@@ -411,12 +399,12 @@ def get_levi_model(
     config = copy.deepcopy(config)
     if task_model is not None:
         config.task_model = dict(getattr(task_model, "spec", None) or {"type": "custom"})
-        config.view_width = _view_width(task_model, config.view_width)
+        config.view_width = view_width_for(task_model, config.view_width)
     elif config.task_model is not None:
-        task_model = cast(nn.Module, _build_task_model(config))
+        task_model = cast(nn.Module, task_model_of(config))
         # With every default written out, so that a later release's other defaults do not change a saved model.
         config.task_model = dict(getattr(task_model, "spec", config.task_model))
-        config.view_width = _view_width(task_model, config.view_width)
+        config.view_width = view_width_for(task_model, config.view_width)
     else:
         config.view_width = 0
     if config.taps == "none":
@@ -451,52 +439,6 @@ def _fingerprint_of(extractor: TapExtractor) -> str:
 
 def _cast(taps: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
     return taps.to(dtype) if isinstance(taps, Tensor) else [tap.to(dtype) for tap in taps]
-
-
-def _build_task_model(config: LeviConfig) -> nn.Module | None:
-    if config.task_model is None:
-        return None
-    if config.task_model.get("type") == "custom":
-        raise ValueError("task_model: this model was built with the user's own module; pass task_model=")
-    from levi_fast.task_models import build_task_model
-
-    return build_task_model(config.task_model)
-
-
-def _view_width(task_model: nn.Module, configured: int) -> int:
-    width = getattr(task_model, "view_width", None) or configured
-    if not width:
-        raise ValueError(
-            f"task_model: {type(task_model).__name__} has no view_width; set it, or LeviConfig(view_width=...)"
-        )
-    return int(width)
-
-
-def _keyword_names(module: nn.Module | None) -> tuple[frozenset[str], bool]:
-    """The names that a module's forward takes, and whether it takes any."""
-    if module is None:
-        return frozenset(), False
-    parameters = inspect.signature(module.forward).parameters.values()
-    names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _infer_problem_type(num_labels: int, labels: Tensor) -> ProblemType:
-    """transformers' rule: one output is regression; integer labels are classes; float labels are multi-label."""
-    if num_labels == 1:
-        return "regression"
-    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-
-def _check_labels(labels: Tensor, logits: Tensor, problem_type: str) -> None:
-    batch, outputs = logits.shape
-    if problem_type == "single_label_classification":
-        if labels.is_floating_point() or list(labels.shape) != [batch]:
-            raise ValueError(f"labels: expected [{batch}] int64 classes, got {list(labels.shape)} {labels.dtype}")
-        return
-    fits = list(labels.shape) == [batch, outputs] or (outputs == 1 and list(labels.shape) == [batch])
-    if not fits:
-        raise ValueError(f"labels: expected [{batch}, {outputs}] for {problem_type}, got {list(labels.shape)}")
 
 
 def _without_backbone(state: dict[str, Any]) -> dict[str, Any]:
