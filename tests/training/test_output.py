@@ -15,9 +15,10 @@ from levi_fast.errors import DataError
 from levi_fast.training.output import new_folder, require_new_folder
 
 WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from levi_fast.training.output import new_folder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has its children ignore it
 with new_folder(sys.argv[1]) as stage:
     (stage / "half.bin").write_bytes(b"x" * 1000)
     print("writing", flush=True)
