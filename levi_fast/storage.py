@@ -38,7 +38,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes 0600; a shared model folder wants the usual mode
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes 0600; a shared model folder wants the usual mode
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -71,7 +71,8 @@ def staged_directory(directory: str | Path) -> Iterator[Path]:
         fsync_directory(folder)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's file mode mask, which the system tells only to whoever sets it."""
     current = os.umask(0)
     os.umask(current)
     return current

@@ -125,11 +125,7 @@ def fit(
         model.backbone = None
     try:
         # Trainer wants a folder; nothing is kept there, because the best weights stay in memory (they are small).
-        with (
-            tempfile.TemporaryDirectory(prefix="levi-fast-") as folder,
-            train.only(model.reads),
-            validation.only(model.reads),
-        ):
+        with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
             arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // options.batch_size))
             lean = loop == "lean" or (loop == "auto" and not runs_backbone and not _is_distributed())
             run = train_lean if lean else train_with_trainer

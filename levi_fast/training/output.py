@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from levi_fast.errors import DataError
-from levi_fast.storage import fsync_directory
+from levi_fast.storage import fsync_directory, umask
 
 
 def require_new_folder(path: str | Path) -> Path:
@@ -54,13 +54,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             yield stage
             for file in sorted(stage.rglob("*")):
                 if file.is_file():
-                    file.chmod(
-                        0o666 & ~_umask()
-                    )  # some writers make 0600; a shared model folder wants the usual mode
+                    file.chmod(0o666 & ~umask())  # some writers make 0600; a shared model folder wants the usual mode
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
             require_new_folder(folder)
-            stage.chmod(0o777 & ~_umask())
+            stage.chmod(0o777 & ~umask())
             if folder.exists():
                 folder.rmdir()  # empty: checked above; rmdir refuses anything else
             os.rename(stage, folder)
@@ -86,9 +84,3 @@ def _terminated_as_exception() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
