@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 WORDS = """
 the a it was is this and but not very film book good great fine bad poor dull awful lovely happy sad plot actor
 story scene music long short quick slow red blue green one two three never always maybe
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Ends what tests have started and left behind: Python waits for such children, for ever where they hang."""
+    before = psutil.Process().children()
+    yield
+    for child in psutil.Process().children(recursive=True):
+        if child not in before and not any("resource_tracker" in word for word in child.cmdline()):
+            child.kill()
 
 
 @pytest.fixture(scope="session")

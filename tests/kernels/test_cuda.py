@@ -28,6 +28,7 @@ from kernel_cases import (
     hidden_of,
     mask_of,
     needs_of,
+    terms_of,
     wide,
 )
 from torch import Tensor
@@ -189,9 +190,7 @@ def check_backward(
     given = twice(library, lambda: library.ops.layerwise_ensemble_backward(*saved))
     names = [*NEEDS[:-1], *[f"tap {i}" for i in range(len(arguments[0]))]]
     results = zip(names, given, eager_backward(*saved), eager_backward(*wide(saved)), strict=True)
-    # A few sums over the batch of standard normal numbers (mix_weights': times the outputs), which may cancel.
-    batch, outputs = arguments[0][0].shape[-2], eager[0].shape[-1]
-    terms = {"bias": batch**0.5, "output_bias": batch**0.5, "mix_weights": (batch * outputs) ** 0.5}
+    terms = terms_of(arguments, eager)
     for bit, (name, one, two, three) in enumerate(results):
         if needs >> min(bit, len(NEEDS) - 1) & 1:
             check(name, one, two, three, terms.get(name, 0.0))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -262,31 +264,18 @@ def test_transforms_compute_or_say_that_they_cannot(backend: str) -> None:
 
 # --- DistributedDataParallel --------------------------------------------------------------------------------------
 
-
-def _train_in_parallel(rank: int, address: str, backend: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
-        model = torch.nn.parallel.DistributedDataParallel(Head())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        taps, x, target = batch_of(16)
-        mine = slice(8 * rank, 8 * rank + 8)
-        with use_backend(backend):
-            for _ in range(4):
-                optimizer.zero_grad()
-                model(taps[:, mine], x[mine], target[mine]).backward()
-                optimizer.step()
-        torch.save([p.detach() for p in model.parameters()], f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+RANK = Path(__file__).with_name("data_parallel_rank.py")
 
 
 @pytest.mark.slow
-def test_distributed_data_parallel(backend: str, tmp_path: Any) -> None:
-    address = f"file://{tmp_path}/meeting"
-    torch.multiprocessing.start_processes(
-        _train_in_parallel, (address, backend, str(tmp_path)), nprocs=2, start_method="fork"
-    )
+def test_distributed_data_parallel(backend: str, tmp_path: Path) -> None:
+    arguments = [f"file://{tmp_path}/meeting", backend, str(tmp_path)]
+    ranks = [subprocess.Popen([sys.executable, str(RANK), str(rank), *arguments]) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     model = Head()

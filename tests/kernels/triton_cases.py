@@ -27,6 +27,7 @@ from kernel_cases import (
     hidden_of,
     mask_of,
     needs_of,
+    terms_of,
     wide,
 )
 
@@ -161,10 +162,11 @@ def check_ensemble(
     saved = backward_arguments(arguments, eager, narrow, needs)
     given = layerwise_ensemble_backward_triton.backward(*saved)
     names = [*NEEDS[:-1], *[f"tap {i}" for i in range(len(arguments[0]))]]
+    terms = terms_of(arguments, eager)
     results = zip(names, given, eager_backward(*saved), eager_backward(*wide(saved)), strict=True)
     for bit, (name, one, two, three) in enumerate(results):
         if needs >> min(bit, len(NEEDS) - 1) & 1:
-            check(name, one, two, three)
+            check(name, one, two, three, terms.get(name, 0.0))
         else:
             assert not one.numel(), name
     if twice:
