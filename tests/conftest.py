@@ -6,13 +6,36 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
+import torch
 
 WORDS = """
 the a it was is this and but not very film book good great fine bad poor dull awful lovely happy sad plot actor
 story scene music long short quick slow red blue green one two three never always maybe
 """
+
+
+class TorchRandom:
+    """torch's generator as Hypothesis knows random ones: it seeds it before each example, so that failures repeat."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+torch_random = TorchRandom()  # Hypothesis keeps a weak reference only
+hypothesis.register_random(torch_random)
+# The same examples in every run; HYPOTHESIS_PROFILE=explore draws new ones.
+hypothesis.settings.register_profile("repeat", derandomize=True, database=None)
+hypothesis.settings.register_profile("explore")
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
 @pytest.fixture(scope="session", autouse=True)
