@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 
 #include "library.h"
@@ -20,6 +21,9 @@ using torch::stable::Tensor;
 // Below this much memory traffic, waking other threads costs more than it saves (an OpenMP region is a few
 // microseconds; one core reads about this much in that time).
 constexpr int64_t kBytesPerThread = 128 * 1024;
+
+// What a thread takes at a time. Less than this, and taking it costs more than an even end of the work gains.
+constexpr int64_t kBytesPerShare = 512 * 1024;
 
 // A result larger than this cannot still be in cache when its reader comes.
 constexpr int64_t kStreamBytes = 64 * 1024 * 1024;
@@ -89,7 +93,15 @@ Tensor masked_mean_pool(const Tensor& hidden, const std::optional<Tensor>& mask)
   if (threads == 1) {
     work(0, units);
   } else {
-    torch::stable::parallel_for(0, units, (units + threads - 1) / threads, work);
+    // Examples differ in length, so a thread that is done early takes more. Neighbours stay together: each unit reads
+    // ahead into the next one.
+    const int64_t share = std::clamp<int64_t>(units * kBytesPerShare / bytes, 1, (units + threads - 1) / threads);
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int64_t begin = next.fetch_add(share); begin < units; begin = next.fetch_add(share)) {
+        work(begin, std::min(begin + share, units));
+      }
+    });
   }
   return out;
 }
