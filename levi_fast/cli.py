@@ -158,11 +158,24 @@ def train(
     loop: Annotated[
         str,
         typer.Option(
-            help="trainer (transformers' Trainer), lean (same results on precomputed taps, faster), or auto: lean "
-            "wherever it serves.",
+            help="trainer (transformers' Trainer), lean (same results, faster on precomputed taps; one process), or "
+            "auto: lean where that is worth it.",
             rich_help_panel=TRAINING,
         ),
     ] = "auto",
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write checkpoints here after every epoch. Killed at any moment, the same command goes on from the "
+            "newest and ends with the same bits; they are removed when the model is written.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    save_steps: Annotated[
+        int | None,
+        typer.Option(help="Also every so many steps. Only with --checkpoints.", rich_help_panel=TRAINING),
+    ] = None,
     seed: SeedOption = 0,
     include_backbone: Annotated[
         bool,
@@ -219,6 +232,8 @@ def train(
         include_backbone=include_backbone,
         backbone_batch_size=backbone_batch_size,
         loop=loop,
+        checkpoints=checkpoints,
+        save_steps=save_steps,
         model=model_fields,
         options=TrainingOptions(
             learning_rate=learning_rate,

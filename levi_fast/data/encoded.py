@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -126,6 +127,16 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             yield
         finally:
             self._wanted = previous
+
+    def content_digest(self) -> str:
+        """SHA-256 of all rows: token ids, further inputs and labels; taps, which follow from them, are left out."""
+        digest = hashlib.sha256()
+        named = {"token_ids": self.token_ids, "lengths": self.lengths, "labels": self.labels}
+        for name, values in {**named, **self.features}.items():
+            if values is not None:
+                digest.update(f"{name}:{values.dtype}:{list(values.shape)}:".encode())
+                digest.update(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def unique_texts(self) -> tuple[list[int], Tensor]:
         """Rows that show a text for the first time, and for every row which of those it equals, ``[N]`` int64."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,23 @@ class BestEpoch:
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         if self.on_epoch is not None:
             self.on_epoch(epoch, self.epochs, scores)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What a checkpoint needs of it: JSON values, and the best epoch's weights."""
+        chosen = None
+        if self.best is not None:
+            chosen = {"epoch": self.best.best_epoch, "blend": self.best.blend, "validation": self.best.validation}
+        return {"history": self.history, "best": chosen}, self.weights
+
+    def resume(self, scores: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
+        """Take back what :meth:`state` gave; progress is told of the epochs again."""
+        self.history, self.weights = list(scores["history"]), weights
+        if scores["best"] is not None:
+            chosen = scores["best"]
+            self.best = FitResult(chosen["epoch"], chosen["blend"], chosen["validation"])
+        if self.on_epoch is not None:
+            for epoch, known in enumerate(self.history, 1):
+                self.on_epoch(epoch, self.epochs, known)
 
     def restore(self, model: LeviModel, seconds: float) -> FitResult:
         """Give the model the best epoch's weights and blend, in eval mode.

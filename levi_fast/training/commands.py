@@ -29,7 +29,7 @@ from levi_fast.storage import write_atomic
 from levi_fast.training.cached import cached_taps
 from levi_fast.training.fit import resolve_device
 from levi_fast.training.output import new_folder, require_new_folder
-from levi_fast.training.request import TrainRequest, cache_request, load_task
+from levi_fast.training.request import TrainRequest, cache_request, checkpoint_options, load_task
 from levi_fast.training.runs import MethodResult, Splits, TapBank, method_config, run_method
 from levi_fast.training.tasks import MovieLensSplits, TableTask
 
@@ -53,6 +53,9 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
     document = document_of(request, prepared, result, started)
     with new_folder(request.output) as stage:
         write_model(stage, request, prepared, result, document)
+    checkpoints = checkpoint_options(request)
+    if checkpoints is not None:
+        checkpoints.clear()
     splits = prepared.splits
     rows = [(f"ID ({splits.id_split})", _id_rows(splits), result.id)]
     rows += [(f"OOD {name}", len(splits.ood[name]), scores) for name, scores in result.ood.items()]
@@ -208,6 +211,7 @@ def _run(request: TrainRequest, prepared: Prepared, console: Console) -> MethodR
                 bank=bank,
                 backbone_batch_size=request.backbone_batch_size,
                 loop=request.loop,
+                checkpoints=checkpoint_options(request, console.note),
                 on_epoch=on_epoch,
             )
     except ValueError as error:  # a tap out of range, a backbone without layers, a training that diverged

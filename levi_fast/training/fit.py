@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import tempfile
 import time
@@ -24,6 +26,7 @@ from levi_fast.data.encoded import EncodedDataset, collate
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch, EpochProgress, FitResult
+from levi_fast.training.checkpoints import CheckpointOptions, Checkpoints
 from levi_fast.training.lean import train_lean
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 
@@ -95,6 +98,7 @@ def fit(
     options: TrainingOptions,
     *,
     loop: str = "auto",
+    checkpoints: CheckpointOptions | None = None,
     on_epoch: EpochProgress | None = None,
 ) -> FitResult:
     """Train a model in place; it ends in eval mode with the best epoch's weights and ``config.blend`` set.
@@ -104,19 +108,20 @@ def fit(
         train: encoded rows with labels, with taps attached unless the backbone is to run in every epoch.
         validation: the same of ID validation data.
         options: see :class:`TrainingOptions`.
-        loop: ``"trainer"``: transformers' Trainer; ``"lean"``: the loop for attached taps, see
-            :mod:`levi_fast.training.lean`, with the same results; ``"auto"``: lean wherever the backbone is not run
-            and there is one process.
-        on_epoch: called after every epoch.
+        loop: ``"trainer"``: transformers' Trainer; ``"lean"``: the loop of :mod:`levi_fast.training.lean`, with the
+            same results; ``"auto"``: lean, but Trainer where the backbone runs in every step or there are several
+            processes.
+        checkpoints: where to write checkpoints, and to go on from if there are any; by the lean loop.
+        on_epoch: called after every epoch; after going on from a checkpoint, for the epochs before it too.
 
     Raises:
-        DataError: for an unknown loop, or the lean one where the backbone is to run.
+        DataError: for an unknown loop, one that cannot serve, or checkpoints of another run.
         ValueError: when no epoch gave finite predictions.
     """
     started = time.perf_counter()
     backbone = model.backbone
     runs_backbone = model.extractor is not None and not (train.has_taps and validation.has_taps)
-    check_loop(loop, runs_backbone)
+    check_loop(loop, with_checkpoints=checkpoints is not None)
     set_seed(options.seed)
     model.config.blend = 0.0  # logits are those with the view; scoring does the blending
     best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, on_epoch)
@@ -127,23 +132,47 @@ def fit(
         # Trainer wants a folder; nothing is kept there, because the best weights stay in memory (they are small).
         with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
             arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // options.batch_size))
-            lean = loop == "lean" or (loop == "auto" and not runs_backbone and not _is_distributed())
-            run = train_lean if lean else train_with_trainer
+            lean_serves = (not runs_backbone or checkpoints is not None) and not _is_distributed()
             with train.only(model.reads), validation.only(model.reads):
-                run(model, train, validation, arguments, best)
+                if loop == "lean" or (loop == "auto" and lean_serves):
+                    kept = (
+                        None
+                        if checkpoints is None
+                        else Checkpoints(checkpoints, _run_of(model, train, validation, options))
+                    )
+                    train_lean(model, train, validation, arguments, best, kept)
+                else:
+                    train_with_trainer(model, train, validation, arguments, best)
     finally:
         model.backbone = backbone
     return best.restore(model, time.perf_counter() - started)
 
 
-def check_loop(loop: str, runs_backbone: bool) -> None:
+def check_loop(loop: str, *, with_checkpoints: bool = False) -> None:
     """Raise DataError unless ``loop`` is known and can serve."""
     if loop not in LOOPS:
         raise DataError(f"--loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
-    if loop == "lean" and runs_backbone:
-        raise DataError("--loop lean: trains on precomputed taps, but here the backbone runs in every epoch")
     if loop == "lean" and _is_distributed():
         raise DataError("--loop lean: trains in one process, and torchrun started several; use --loop trainer")
+    if with_checkpoints and (loop == "trainer" or _is_distributed()):
+        raise DataError("--checkpoints: written by the lean loop alone, in one process; leave out --loop trainer")
+
+
+def _run_of(
+    model: LeviModel, train: EncodedDataset, validation: EncodedDataset, options: TrainingOptions
+) -> dict[str, Any]:
+    """What makes a run the one it is. Where the backbone lies may change, its fingerprint may not."""
+    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in ("backbone", "transformers_version")}
+    initial = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        initial.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+    return {
+        **{f"option {name}": value for name, value in dataclasses.asdict(options).items()},
+        **{f"config {name}": value for name, value in config.items()},
+        "training rows": train.content_digest()[:16],
+        "validation rows": validation.content_digest()[:16],
+        "initial weights": initial.hexdigest()[:16],
+    }
 
 
 def _is_distributed() -> bool:
@@ -163,6 +192,7 @@ def train_with_trainer(
     def score(prediction: EvalPrediction) -> dict[str, float]:
         return best.score(*_logits_of(prediction.predictions), np.asarray(prediction.label_ids))
 
+    known = set(vars(model.config))
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -175,6 +205,8 @@ def train_with_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train(ignore_keys_for_eval=["layer_logits", "logits_with_view"])
+    for name in set(vars(model.config)) - known:  # use_cache, which is no setting of this model
+        delattr(model.config, name)
 
 
 class _Recorder(TrainerCallback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from levi_fast.data.tables import Columns
 from levi_fast.errors import DataError
 from levi_fast.quantization import check_backbone_dtype
 from levi_fast.training.cached import CacheRequest
+from levi_fast.training.checkpoints import CheckpointOptions
 from levi_fast.training.fit import TrainingOptions, check_loop, resolve_device
 from levi_fast.training.runs import METHODS
 from levi_fast.training.tasks import MovieLensSplits, TableFiles, TableTask
@@ -43,6 +44,8 @@ class TrainRequest:
     include_backbone: bool = False
     backbone_batch_size: int = 32
     loop: str = "auto"
+    checkpoints: str | None = None
+    save_steps: int | None = None
     model: Mapping[str, Any] = field(default_factory=dict)  # LeviConfig fields
     options: TrainingOptions = field(default_factory=TrainingOptions)
 
@@ -59,7 +62,7 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         raise DataError("--taps: the linear probe reads the last layer; use --method taps-only for other layers")
     _check_backbone_dtype(request.backbone_dtype, request.options.device)
     _check_cache(request)
-    check_loop(request.loop, request.method != "task-model" and not request.precompute)
+    check_loop(request.loop, with_checkpoints=checkpoint_options(request) is not None)
     if request.include_backbone and request.method == "task-model":
         raise DataError("--include-backbone: --method task-model has no backbone to include")
     if request.backbone_batch_size < 1:
@@ -88,6 +91,24 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         label_separator=request.label_separator,
         seed=request.options.seed,
     )
+
+
+def checkpoint_options(
+    request: TrainRequest, on_note: Callable[[str], None] = lambda text: None
+) -> CheckpointOptions | None:
+    """Where checkpoints go, or None.
+
+    Raises:
+        DataError: a folder that cannot be used.
+    """
+    if request.checkpoints is None:
+        if request.save_steps is not None:
+            raise DataError("--save-steps: only with --checkpoints DIR")
+        return None
+    mine, output = Path(request.checkpoints).resolve(), Path(request.output).resolve()
+    if mine == output or mine in output.parents or output in mine.parents:
+        raise DataError(f"--checkpoints: expected a folder apart from --output {request.output}, got {mine}")
+    return CheckpointOptions(request.checkpoints, request.save_steps, on_note)
 
 
 def _check_cache(request: TrainRequest) -> None:

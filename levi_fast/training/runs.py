@@ -18,6 +18,7 @@ from levi_fast.data.encoded import EncodedDataset
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel, get_levi_model
 from levi_fast.training.best_epoch import EpochProgress, FitResult
+from levi_fast.training.checkpoints import CheckpointOptions
 from levi_fast.training.features import precompute_unique_taps, slice_taps
 from levi_fast.training.fit import TrainingOptions, fit, resolve_device
 from levi_fast.training.metrics import compute_metrics
@@ -209,6 +210,7 @@ def run_method(
     bank: TapBank | None,
     backbone_batch_size: int = 32,
     loop: str = "auto",
+    checkpoints: CheckpointOptions | None = None,
     on_epoch: EpochProgress | None = None,
 ) -> MethodResult:
     """Train one method and score it.
@@ -221,7 +223,7 @@ def run_method(
         backbone: frozen; None for ``task-model``; a record of it where ``bank`` has its taps.
         bank: precomputed taps; None runs the backbone in every epoch.
         backbone_batch_size: texts per forward pass of the backbone where it runs for predictions.
-        loop: see :func:`levi_fast.training.fit.fit`.
+        loop, checkpoints: see :func:`levi_fast.training.fit.fit`.
         on_epoch: progress.
 
     Raises:
@@ -234,7 +236,9 @@ def run_method(
         bank.attach(model, splits)
     try:
         move(model, resolve_device(options.device))
-        result = fit(model, splits.train, splits.validation, options, loop=loop, on_epoch=on_epoch)
+        result = fit(
+            model, splits.train, splits.validation, options, loop=loop, checkpoints=checkpoints, on_epoch=on_epoch
+        )
         scored_id = splits.validation if splits.test is None else splits.test
         id_metrics = score(model, scored_id, backbone_batch_size)
         ood = {name: score(model, dataset, backbone_batch_size) for name, dataset in splits.ood.items()}

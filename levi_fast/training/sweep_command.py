@@ -65,6 +65,8 @@ def train_sweep(request: TrainRequest, sweep: str, console: Console) -> dict[str
         raise DataError("--sweep: trains on precomputed taps; leave out --no-precompute")
     if request.loop == "trainer":
         raise DataError("--sweep: trains with the lean loop; leave out --loop trainer")
+    if request.checkpoints is not None:
+        raise DataError("--sweep: trains its heads whole; leave out --checkpoints")
     columns = _label_columns(request, configurations, console)
     heads = [head for column in columns for head in column.heads]
     console.note(f"training {len(heads)} configurations")

@@ -111,19 +111,34 @@ def test_auto_takes_the_lean_loop_where_the_backbone_is_not_run(
 def test_several_processes_are_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DataError, match="--loop lean: trains in one process, and torchrun started several"):
-        check_loop("lean", runs_backbone=False)
-    check_loop("auto", runs_backbone=False)
+        check_loop("lean")
+    check_loop("auto")
 
 
-def test_a_loop_that_cannot_serve_is_refused(cached_task: Tasks, tiny_bert_dir: str) -> None:
-    from levi_fast import LeviConfig, get_levi_model
-
+def test_an_unknown_loop_is_refused(cached_task: Tasks) -> None:
     with pytest.raises(DataError, match="--loop: expected one of auto, trainer, lean, got 'fast'"):
         trained(cached_task(), "fast")
-    model = get_levi_model(tiny_bert_dir, LeviConfig(num_labels=2, problem_type="single_label_classification"))
-    data = EncodedDataset("d", token_ids=[[2, 5, 3]], labels=torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(DataError, match="--loop lean: trains on precomputed taps"):
-        fit(model, data, data, TrainingOptions(epochs=1), loop="lean")
+
+
+def test_the_backbone_in_the_loop_gives_trainers_bits_too(tiny_bert_dir: str) -> None:
+    from levi_fast import LeviConfig, get_levi_model
+
+    def data(count: int, seed: int) -> EncodedDataset:
+        g = torch.Generator().manual_seed(seed)
+        texts = [
+            [2, *torch.randint(4, 30, (n,), generator=g).tolist(), 3]
+            for n in torch.randint(1, 9, (count,), generator=g)
+        ]
+        return EncodedDataset("d", token_ids=texts, labels=torch.tensor([text[1] % 2 for text in texts]))
+
+    def run(loop: str) -> tuple[LeviModel, FitResult]:
+        torch.manual_seed(0)
+        spec = {"type": "text", "vocab_size": 48, "embedding_dim": 8, "view_width": 8}
+        config = LeviConfig(num_labels=2, problem_type="single_label_classification", hidden_width=8, task_model=spec)
+        model = get_levi_model(tiny_bert_dir, config)
+        return model, fit(model, data(50, 0), data(20, 1), TrainingOptions(epochs=2, batch_size=16), loop=loop)
+
+    assert_same(run("trainer"), run("lean"))
 
 
 @pytest.mark.parametrize("value", [1.0, 1e-4, float("nan"), float("inf")])
