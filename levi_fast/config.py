@@ -32,6 +32,9 @@ class LeviConfig(PreTrainedConfig):
         dropout: on the adapting layers' hidden activations.
         objective: "per_layer" (mean of every layer's loss), "ensemble" (loss of the mixed prediction) or
             "both" (their mean). "per_layer" alone gives learned mixing weights no gradient and is refused then.
+        label_smoothing: in [0, 1): that share of a label's weight goes evenly to all classes while training (Szegedy
+            et al., 2016), in every layer's loss. Trainer's ``label_smoothing_factor`` instead takes its loss from the
+            logits, whatever ``objective`` says.
         view_dropout: probability of zeroing an example's whole view while training.
         blend: weight a in [0, 1] of the prediction with the view zeroed, used in eval mode:
             ``(1 - a) y(tap, view) + a y(tap, 0)``. Chosen on in-distribution validation data by ``levi-fast train``.
@@ -65,6 +68,7 @@ class LeviConfig(PreTrainedConfig):
     mix: str = "mean"
     dropout: float = 0.0
     objective: str = "per_layer"
+    label_smoothing: float = 0.0
     view_dropout: float = 0.5
     blend: float = 0.0
     task_model: dict[str, Any] | None = None
@@ -83,7 +87,7 @@ class LeviConfig(PreTrainedConfig):
         check_backbone_dtype(self.backbone_dtype)
         if self.problem_type is not None:
             _require_one_of("problem_type", self.problem_type, PROBLEM_TYPES)
-        for name in ("dropout", "view_dropout", "blend"):
+        for name in ("dropout", "view_dropout", "blend", "label_smoothing"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
@@ -92,6 +96,10 @@ class LeviConfig(PreTrainedConfig):
         if self.dropout and self.hidden_width is None:
             raise ValueError(
                 f"dropout: acts on hidden activations, and hidden_width=None has none; got {self.dropout}"
+            )
+        if self.label_smoothing == 1 or (self.label_smoothing and self.problem_type == "regression"):
+            raise ValueError(
+                f"label_smoothing: expected a number in [0, 1), and 0 for regression, got {self.label_smoothing}"
             )
         if self.mix == "learned" and self.objective == "per_layer":
             raise ValueError(

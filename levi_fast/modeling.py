@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,8 @@ class LeviModel(PreTrainedModel):
         with_view = output.logits
         if asks_zeroed:
             output = blend(output, self.config.blend)
+        if labels is None and self.training and torch.is_grad_enabled() and self.config.objective != "ensemble":
+            _warn_of_other_objective()
         loss = None if labels is None else self.loss(output, labels)
         result = LeviOutput(
             loss=cast(Any, loss),
@@ -216,7 +219,8 @@ class LeviModel(PreTrainedModel):
 
     def loss(self, output: EnsembleOutput, labels: Tensor) -> Tensor:
         """LEVI's objective on the ensemble's raw outputs; sets ``config.problem_type`` by transformers' rule."""
-        return objective_loss(output, labels, cast(LeviConfig, self.config))
+        config = cast(LeviConfig, self.config)
+        return objective_loss(output, labels, config, smoothing=config.label_smoothing if self.training else 0.0)
 
     def num_parameters_by_part(self) -> tuple[int, int]:
         """(trained, all) parameters, the backbone's included in the second."""
@@ -435,6 +439,16 @@ def get_levi_model(
 
 def _fingerprint_of(extractor: TapExtractor) -> str:
     return fingerprint(extractor.runner, extractor.blocks, extractor.layers[-1])
+
+
+@torch.compiler.disable
+def _warn_of_other_objective() -> None:
+    warnings.warn(
+        "LeviModel was called in training mode without labels: a loss taken from its logits, as Trainer's "
+        "label_smoothing_factor does, is objective='ensemble' whatever the config says; for smoothed labels in the "
+        "configured objective set LeviConfig.label_smoothing",
+        stacklevel=3,
+    )
 
 
 def _cast(taps: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
