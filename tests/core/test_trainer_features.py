@@ -120,9 +120,7 @@ def test_bf16_autocast_follows_float32(build_backbone: Any, tmp_path: Path) -> N
 def test_torch_compile_gives_the_same_curve(build_backbone: Any, tmp_path: Path) -> None:
     still = {"view_dropout": 0.0, "task_model": {**SPEC, "dropout": 0.0, "token_dropout": 0.0}}
     runs = [
-        trainer_of(
-            build_backbone("bert"), tmp_path, config=still, max_steps=6, logging_steps=1, torch_compile=compiled
-        )
+        trainer_of(build_backbone("bert"), tmp_path, config=still, max_steps=6, logging_steps=1, torch_compile=value)
         for value in (False, True)
     ]
     for trainer in runs:
