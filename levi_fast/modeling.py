@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from levi_fast.backbone_training import (
+    PREFIX,
+    add_lora,
+    drop_untrained,
+    forgive_missing_untrained,
+    train_up_to,
+    without_untrained,
+)
 from levi_fast.backbones import BackboneRecord, backbone_name, fingerprint, load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.errors import BackboneMismatchError, DataError
@@ -36,8 +44,6 @@ from levi_fast.storage import staged_directory
 from levi_fast.taps import TapExtractor
 from levi_fast.view import keyword_names, task_model_of, view_width_for
 from levi_fast.widths import measure_widths
-
-_BACKBONE_PREFIX = "backbone."
 
 
 @dataclass
@@ -64,11 +70,11 @@ class LeviModel(PreTrainedModel):
     """LEVI (Roh et al., ICML 2024, arXiv 2402.04644) over any transformers backbone.
 
     Build one with :func:`get_levi_model`, or load one with :meth:`from_pretrained`. The backbone is frozen and
-    stays in eval mode whatever ``train()`` says. ``state_dict`` and ``save_pretrained`` hold what is trained
-    (ensemble and task model), never the backbone's weights.
+    stays in eval mode whatever ``train()`` says, unless ``config.backbone_training`` says otherwise. ``state_dict``
+    and ``save_pretrained`` hold what is trained (ensemble, task model, adapters), never a frozen backbone's weights.
 
     Attributes:
-        backbone: the frozen model, or None (``taps="none"``, or loaded to run on precomputed taps alone).
+        backbone: the pre-trained model, or None (``taps="none"``, or loaded to run on precomputed taps alone).
         extractor: reads the taps out of it, or None.
         task_model: the small model trained from scratch, or None.
         ensemble: the :class:`levi_fast.LayerwiseEnsemble`.
@@ -78,7 +84,7 @@ class LeviModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     accepts_loss_kwargs = False  # tells Trainer that the loss is a mean over this batch
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
 
     def __init__(
         self, config: LeviConfig, backbone: nn.Module | None = None, task_model: nn.Module | None = None
@@ -101,16 +107,21 @@ class LeviModel(PreTrainedModel):
         self.backbone = backbone
         self.extractor: TapExtractor | None = None
         if backbone is not None:
+            if config.backbone_training == "lora":
+                add_lora(backbone, cast(dict[str, Any], config.lora))
             self.extractor = TapExtractor(
                 backbone,
                 config.tap_layers if config.tap_layers is not None else config.taps,
                 cast(Any, config.pooling),
                 layers=config.backbone_layers,
+                trained=config.backbone_training != "frozen",
             )
+            if config.backbone_training == "full":
+                train_up_to(backbone, self.extractor.blocks, self.extractor.layers[-1])
         self._task_inputs, self._task_takes_all = keyword_names(self.task_model)
         self.post_init()
-        self.register_state_dict_post_hook(_drop_backbone)
-        self.register_load_state_dict_post_hook(_forgive_missing_backbone)
+        self.register_state_dict_post_hook(drop_untrained)
+        self.register_load_state_dict_post_hook(forgive_missing_untrained)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every part initialises itself, and the backbone must keep its weights."""
@@ -119,15 +130,30 @@ class LeviModel(PreTrainedModel):
         """Nothing, for the same reason."""
 
     def train(self, mode: bool = True) -> Self:
-        """Set the trained part's mode; the backbone stays in eval mode, dropout and BatchNorm included."""
+        """Set the trained part's mode; a frozen backbone stays in eval mode, dropout and BatchNorm included."""
         super().train(mode)
-        if self.backbone is not None:
+        if self.backbone is not None and self.config.backbone_training == "frozen":
             self.backbone.eval()
         return self
 
+    def gradient_checkpointing_enable(self, *arguments: Any, **keywords: Any) -> None:
+        """Let a backbone that is trained compute its layers' activations again in the backward pass.
+
+        Raises:
+            ValueError: the backbone is frozen, and so keeps no activations.
+        """
+        if self.backbone is None or self.config.backbone_training == "frozen":
+            raise ValueError("gradient checkpointing: the backbone is frozen and keeps no activations to save")
+        cast(PreTrainedModel, self.backbone).gradient_checkpointing_enable(*arguments, **keywords)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo :meth:`gradient_checkpointing_enable`."""
+        if isinstance(self.backbone, PreTrainedModel):
+            self.backbone.gradient_checkpointing_disable()
+
     def load_state_dict(self, state_dict: Any, *arguments: Any, **keywords: Any) -> Any:
         """As ``nn.Module``'s; a state without the backbone's weights, as ``state_dict`` gives it, leaves it alone."""
-        if any(name.startswith(_BACKBONE_PREFIX) for name in state_dict):
+        if self.config.backbone_training != "frozen" or any(name.startswith(PREFIX) for name in state_dict):
             return super().load_state_dict(state_dict, *arguments, **keywords)
         backbone, self.backbone = self.backbone, None  # a quantised layer raises where its weights are not there
         try:
@@ -256,13 +282,18 @@ class LeviModel(PreTrainedModel):
             raise ValueError(
                 f"include_backbone: expected a transformers backbone, got {type(self.backbone).__name__}"
             )
+        if include_backbone and self.config.backbone_training != "frozen":
+            raise ValueError(
+                f"include_backbone: expected a frozen backbone, and backbone_training is "
+                f"{self.config.backbone_training!r}; what is trained of it is saved in any case"
+            )
         if include_backbone and self.config.backbone_dtype == "int8":
             raise ValueError("include_backbone: an int8 backbone is made anew on each load, from the one it names")
         if not kwargs.get("is_main_process", args[0] if args else True):
             return
         folder = Path(save_directory)
         if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = _without_backbone(kwargs["state_dict"])
+            kwargs["state_dict"] = without_untrained(kwargs["state_dict"], self.config.backbone_training)
         push = kwargs.pop("push_to_hub", False)
         in_memory = self.config
         self.config = copy.deepcopy(in_memory)
@@ -321,19 +352,18 @@ class LeviModel(PreTrainedModel):
             )
         config_path, weights_path = model_files(str(pretrained_model_name_or_path), hub)
         config = config if config is not None else LeviConfig.from_pretrained(config_path.parent)
+        if backbone is None and not load_backbone_weights and config.backbone_training != "frozen":
+            raise ValueError(
+                f"load_backbone_weights: expected True, as backbone_training was {config.backbone_training!r}"
+            )
         if backbone is None and load_backbone_weights and config.tap_layers is not None:
             if config.backbone is None:
                 raise DataError("backbone: the model was trained on one given as an object; pass backbone=")
             config.backbone = located_name(config.backbone, config_path.parent)
             backbone = load_backbone(config.backbone, dtype=config.backbone_dtype)
+        if backbone is not None and config.tap_layers is not None:
+            _check_fingerprint(backbone, config)
         model = cls(config, backbone, task_model)
-        if model.extractor is not None and config.backbone_fingerprint is not None:
-            found = _fingerprint_of(model.extractor)
-            if found != config.backbone_fingerprint:
-                raise BackboneMismatchError(
-                    f"backbone: the model was trained on {config.backbone_fingerprint}, "
-                    f"and this backbone ({backbone_name(cast(nn.Module, backbone)) or 'unnamed'}) is {found}"
-                )
         model.load_state_dict(read_weights(weights_path))
         trained_dtype = as_dtype(dtype)
         if trained_dtype is not None:
@@ -350,6 +380,11 @@ class LeviModel(PreTrainedModel):
             if view is None:
                 raise ValueError("view: expected a task model, as taps='none' leaves nothing else")
             return [view.new_empty(view.shape[0], 0)]
+        if taps is not None and self.training and self.config.backbone_training != "frozen":
+            raise ValueError(
+                f"taps: precomputed ones would leave the backbone as it is, and backbone_training is "
+                f"{self.config.backbone_training!r}"
+            )
         if taps is None:
             if self.extractor is None:
                 raise ValueError("taps: expected precomputed taps, as this model was loaded without its backbone")
@@ -390,8 +425,9 @@ def get_levi_model(
 
     Args:
         backbone: a transformers model (or any module with one stack of layers), a hub id or folder to load it
-            from, or None with ``taps="none"``. It is frozen in place, not copied. A ``BackboneRecord`` gives a model
-            without the backbone, for precomputed ``taps``, that is saved as if it had it.
+            from, or None with ``taps="none"``. It is frozen in place (or given adapters, or trained, by
+            ``config.backbone_training``), not copied. A ``BackboneRecord`` gives a model without the backbone, for
+            precomputed ``taps``, that is saved as if it had it.
         config: a :class:`LeviConfig`; a completed copy of it ends up as ``model.config``.
         task_model: a module that returns [B, V] from keyword tensors; None builds ``config.task_model``'s
             specification, or goes without a view where that is None too.
@@ -419,6 +455,10 @@ def get_levi_model(
         return LeviModel(config, None, task_model)
     if backbone is None:
         raise ValueError("backbone: expected a model or a name; only taps='none' goes without")
+    if isinstance(backbone, BackboneRecord) and config.backbone_training != "frozen":
+        raise ValueError(
+            f"backbone: expected the backbone itself to train ({config.backbone_training}), got a record"
+        )
     if isinstance(backbone, BackboneRecord):
         config.tap_layers, config.tap_widths = backbone.resolve(config.taps)
         config.backbone, config.backbone_dtype = backbone.name, backbone.dtype
@@ -437,6 +477,19 @@ def get_levi_model(
     return LeviModel(config, backbone, task_model)
 
 
+def _check_fingerprint(backbone: nn.Module, config: LeviConfig) -> None:
+    """Compare a backbone, before adapters or trained weights get into it, with the one that training began from."""
+    if config.backbone_fingerprint is None:
+        return
+    taps = cast(list[int], config.tap_layers)
+    found = _fingerprint_of(TapExtractor(backbone, taps, layers=config.backbone_layers))
+    if found != config.backbone_fingerprint:
+        raise BackboneMismatchError(
+            f"backbone: the model was trained on {config.backbone_fingerprint}, "
+            f"and this backbone ({backbone_name(backbone) or 'unnamed'}) is {found}"
+        )
+
+
 def _fingerprint_of(extractor: TapExtractor) -> str:
     return fingerprint(extractor.runner, extractor.blocks, extractor.layers[-1])
 
@@ -453,17 +506,3 @@ def _warn_of_other_objective() -> None:
 
 def _cast(taps: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
     return taps.to(dtype) if isinstance(taps, Tensor) else [tap.to(dtype) for tap in taps]
-
-
-def _without_backbone(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if not name.startswith(_BACKBONE_PREFIX)}
-
-
-def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for name in [name for name in state if name.startswith(prefix + _BACKBONE_PREFIX)]:
-        del state[name]
-
-
-def _forgive_missing_backbone(module: nn.Module, incompatible: Any) -> None:
-    missing = incompatible.missing_keys
-    missing[:] = [name for name in missing if _BACKBONE_PREFIX not in name]

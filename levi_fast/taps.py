@@ -33,7 +33,7 @@ class TapExtractor:
 
     Building one freezes the backbone: its parameters stop requiring gradients and it is put into eval mode,
     which every call makes sure of again, so that dropout stays off and BatchNorm's statistics stay still even
-    after ``model.train()``.
+    after ``model.train()``. With ``trained=True`` it is left as it is, and gradients flow through the taps.
 
     Args:
         backbone: a transformers model, or any module whose layers stand in one ``nn.ModuleList``. Of an
@@ -43,6 +43,7 @@ class TapExtractor:
         pooling: over the tokens that the attention mask keeps: "mean", "cls" (the first of them) or "last"
             (the last of them). Without a mask all tokens count.
         layers: dotted name of the ``nn.ModuleList`` of layers, for a backbone where it cannot be found.
+        trained: the backbone, or adapters inside it, are trained.
 
     Attributes:
         runner: the module that is run: the backbone, or its encoder.
@@ -60,6 +61,7 @@ class TapExtractor:
         pooling: Pooling = "mean",
         *,
         layers: str | None = None,
+        trained: bool = False,
     ) -> None:
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -69,7 +71,9 @@ class TapExtractor:
         self.blocks = find_layers(self.runner, layers)
         self.layers = resolve_taps(taps, len(self.blocks))
         self._accepted = _accepted_arguments(self.runner)
-        self.freeze()
+        self.trained = trained
+        if not trained:
+            self.freeze()
 
     def freeze(self) -> None:
         """Stop gradients into the backbone and put it into eval mode."""
@@ -99,7 +103,7 @@ class TapExtractor:
             ValueError: if a row of ``attention_mask`` (on the CPU, where looking costs nothing) is all padding,
                 or if the mask's length differs from the hidden states'.
         """
-        if self.backbone.training:  # a parent's .train() reached it
+        if self.backbone.training and not self.trained:  # a parent's .train() reached it
             self.backbone.eval()
         mask = inputs.get("attention_mask")
         _check_mask(mask)
@@ -107,13 +111,14 @@ class TapExtractor:
         for name, value in _KEEP_NOTHING.items():
             if name in self._accepted:
                 arguments[name] = value
-        pooled = _Bank(len(self.layers))
+        with_gradients = self.trained and torch.is_grad_enabled()
+        pooled = _Graph(len(self.layers)) if with_gradients else _Bank(len(self.layers))
         handles = [
             self.blocks[layer].register_forward_hook(self._make_hook(pooled, position, mask))
             for position, layer in enumerate(self.layers)
         ]
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(with_gradients):
                 self.runner(**arguments)
         except _LastTapReached:
             pass
@@ -125,8 +130,12 @@ class TapExtractor:
             raise RuntimeError(f"taps: the backbone's forward never ran its layers {missing}")
         return pooled.result()
 
-    def _make_hook(self, pooled: _Bank, position: int, mask: Tensor | None) -> Callable[[nn.Module, Any, Any], None]:
-        last = position == len(self.layers) - 1
+    def _make_hook(
+        self, pooled: _Bank | _Graph, position: int, mask: Tensor | None
+    ) -> Callable[[nn.Module, Any, Any], None]:
+        # A checkpointed layer must be left as it is entered, so those above the last tap run too.
+        checkpointed = self.trained and getattr(self.runner, "is_gradient_checkpointing", False)
+        last = position == len(self.layers) - 1 and not checkpointed
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output if isinstance(output, Tensor) else output[0]
@@ -168,6 +177,24 @@ class _Bank:
             return torch.stack(taps)
         # A row must not keep the whole bank alive.
         return [tap.clone() if position in self._inside else tap for position, tap in enumerate(taps)]
+
+
+class _Graph:
+    """The taps of a backbone that is trained: pooled after its forward, outside of any gradient checkpoint."""
+
+    def __init__(self, count: int) -> None:
+        self.taps: list[Tensor | None] = [None] * count
+        self._pool: list[Callable[[], Tensor]] = [lambda: torch.empty(0)] * count
+
+    def put(self, position: int, hidden: Tensor, mask: Tensor | None, pooling: str) -> None:
+        """Note one layer's output."""
+        self.taps[position] = hidden
+        self._pool[position] = lambda: pool(hidden, mask, pooling)
+
+    def result(self) -> Tensor | list[Tensor]:
+        """[L, B, D], or L tensors [B, D_l] where widths differ."""
+        taps = [pooled() for pooled in self._pool]
+        return torch.stack(taps) if len({tap.shape[1] for tap in taps}) == 1 else taps
 
 
 def _tokens(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -200,7 +200,7 @@ def run_document(result: MethodResult, splits: Splits, seed: int) -> dict[str, A
 def _run(request: TrainRequest, prepared: Prepared, console: Console) -> MethodResult:
     try:
         method_config(request.method, prepared.config)  # refuses a method without what it needs
-        bank = build_bank(request, prepared, console) if request.precompute else None
+        bank = build_bank(request, prepared, console) if request.runs_backbone_once else None
         with console.epochs(request.method, request.options.epochs) as on_epoch:
             return run_method(
                 request.method,

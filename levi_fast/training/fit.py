@@ -27,8 +27,11 @@ from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch, EpochProgress, FitResult
 from levi_fast.training.checkpoints import CheckpointOptions, Checkpoints
-from levi_fast.training.lean import train_lean
+from levi_fast.training.lean import make_optimizer, train_lean
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
+
+# Of a backbone that is trained: what fine-tuning BERT-sized models and LoRA usually take.
+BACKBONE_LEARNING_RATES = {"frozen": None, "full": 5e-5, "lora": 5e-4}
 
 LOOPS = ("auto", "trainer", "lean")
 
@@ -42,6 +45,7 @@ class TrainingOptions:
         batch_size: rows per step.
         learning_rate: AdamW's at its peak; linear warm-up over the first ``warmup_ratio`` of the steps, then cosine
             decay to 0.
+        backbone_learning_rate: the peak for a backbone that is trained; None is 5e-5 for "full" and 5e-4 for "lora".
         weight_decay: AdamW's, on matrices only.
         max_grad_norm: gradients are scaled down to this norm.
         seed: of initialisation, dropout and the order of rows.
@@ -56,6 +60,7 @@ class TrainingOptions:
     epochs: int = 20
     batch_size: int = 32
     learning_rate: float = 1e-3
+    backbone_learning_rate: float | None = None
     weight_decay: float = 0.01
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
@@ -71,6 +76,9 @@ class TrainingOptions:
             raise DataError(f"--seed: expected a whole number from 0 to 2**32 - 1, got {self.seed}")
         if not 0.0 < self.learning_rate < float("inf"):
             raise DataError(f"--learning-rate: expected a positive number, got {self.learning_rate}")
+        rate = self.backbone_learning_rate
+        if rate is not None and not 0.0 < rate < float("inf"):
+            raise DataError(f"--backbone-learning-rate: expected a positive number, got {rate}")
         if not 0.0 <= self.weight_decay < float("inf"):
             raise DataError(f"--weight-decay: expected a number of at least 0, got {self.weight_decay}")
         if self.blend is not None and not 0.0 <= self.blend <= 1.0:
@@ -121,6 +129,7 @@ def fit(
     started = time.perf_counter()
     backbone = model.backbone
     runs_backbone = model.extractor is not None and not (train.has_taps and validation.has_taps)
+    backbone_rate = options.backbone_learning_rate or BACKBONE_LEARNING_RATES[model.config.backbone_training]
     check_loop(loop, with_checkpoints=checkpoints is not None)
     set_seed(options.seed)
     model.config.blend = 0.0  # logits are those with the view; scoring does the blending
@@ -135,14 +144,11 @@ def fit(
             lean_serves = (not runs_backbone or checkpoints is not None) and not _is_distributed()
             with train.only(model.reads), validation.only(model.reads):
                 if loop == "lean" or (loop == "auto" and lean_serves):
-                    kept = (
-                        None
-                        if checkpoints is None
-                        else Checkpoints(checkpoints, _run_of(model, train, validation, options))
-                    )
-                    train_lean(model, train, validation, arguments, best, kept)
+                    run = _run_of(model, train, validation, options)
+                    kept = None if checkpoints is None else Checkpoints(checkpoints, run)
+                    train_lean(model, train, validation, arguments, best, kept, backbone_rate)
                 else:
-                    train_with_trainer(model, train, validation, arguments, best)
+                    train_with_trainer(model, train, validation, arguments, best, backbone_rate)
     finally:
         model.backbone = backbone
     return best.restore(model, time.perf_counter() - started)
@@ -186,6 +192,7 @@ def train_with_trainer(
     validation: EncodedDataset,
     arguments: TrainingArguments,
     best: BestEpoch,
+    backbone_learning_rate: float | None = None,
 ) -> None:
     """Train a model in place through transformers' Trainer, scoring every epoch."""
 
@@ -200,6 +207,7 @@ def train_with_trainer(
         train_dataset=train,
         eval_dataset=validation,
         compute_metrics=score,
+        optimizers=(make_optimizer(model, arguments, backbone_learning_rate), None),
         callbacks=[_Recorder(best)],
     )
     trainer.remove_callback(PrinterCallback)

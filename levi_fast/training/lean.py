@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from levi_fast.backbone_training import PREFIX
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch
@@ -36,6 +37,7 @@ def train_lean(
     arguments: TrainingArguments,
     best: BestEpoch,
     checkpoints: Checkpoints | None = None,
+    backbone_learning_rate: float | None = None,
 ) -> None:
     """Train a model in place, scoring every epoch.
 
@@ -49,11 +51,12 @@ def train_lean(
         arguments: what Trainer would be given: batch size, optimizer, schedule, clipping and seeds are read.
         best: takes in every epoch's scores.
         checkpoints: written to, and gone on from where there is one already.
+        backbone_learning_rate: of a backbone that is trained.
     """
     device = next(p for p in model.parameters() if p.requires_grad).device
     per_epoch = -(-len(train) // arguments.per_device_train_batch_size)
     epochs = int(arguments.num_train_epochs)
-    optimizer = make_optimizer(model, arguments)
+    optimizer = make_optimizer(model, arguments, backbone_learning_rate)
     scheduler = get_scheduler(
         arguments.lr_scheduler_type,
         optimizer=optimizer,
@@ -136,17 +139,29 @@ class Resumable:
         return state.epoch, state.step
 
 
-def make_optimizer(model: LeviModel, arguments: TrainingArguments) -> torch.optim.Optimizer:
-    """Trainer's own choice of optimizer, with its two groups: weight decay on matrices alone."""
+def make_optimizer(
+    model: LeviModel, arguments: TrainingArguments, backbone_learning_rate: float | None = None
+) -> torch.optim.Optimizer:
+    """Trainer's own choice of optimizer, with its two groups: weight decay on matrices alone.
+
+    Where the backbone is trained, its parameters make two more, with a learning rate of their own.
+    """
     # The method reads nothing of the Trainer it is called on.
     decayed = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    groups = [
-        {"params": [p for name, p in trained if name in decayed], "weight_decay": arguments.weight_decay},
-        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-    ]
-    optimizer: torch.optim.Optimizer = kind(groups, **settings)
+
+    def groups(named: list[tuple[str, torch.nn.Parameter]], **rate: float) -> list[dict[str, Any]]:
+        return [
+            {"params": [p for name, p in named if name in decayed], "weight_decay": arguments.weight_decay, **rate},
+            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0, **rate},
+        ]
+
+    parts = groups([(name, p) for name, p in trained if not name.startswith(PREFIX)])
+    inside = [(name, p) for name, p in trained if name.startswith(PREFIX)]
+    if inside:
+        parts += groups(inside, lr=backbone_learning_rate or settings["lr"])
+    optimizer: torch.optim.Optimizer = kind([group for group in parts if group["params"]], **settings)
     return optimizer
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from levi_fast.backbone_training import BACKBONE_TRAINING
 from levi_fast.backbones import DEFAULT_BACKBONE
 from levi_fast.cache.manifest import DTYPES
 from levi_fast.data.tables import Columns
@@ -49,6 +50,11 @@ class TrainRequest:
     model: Mapping[str, Any] = field(default_factory=dict)  # LeviConfig fields
     options: TrainingOptions = field(default_factory=TrainingOptions)
 
+    @property
+    def runs_backbone_once(self) -> bool:
+        """Whether the taps are computed before training; those of a backbone that is trained change with it."""
+        return self.precompute and self.model.get("backbone_training", "frozen") == "frozen"
+
 
 def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
     """Check a request, and read its data.
@@ -61,6 +67,7 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
     if request.method == "linear-probe" and "taps" in request.model:
         raise DataError("--taps: the linear probe reads the last layer; use --method taps-only for other layers")
     _check_backbone_dtype(request.backbone_dtype, request.options.device)
+    _check_backbone_training(request)
     _check_cache(request)
     check_loop(request.loop, with_checkpoints=checkpoint_options(request) is not None)
     if request.include_backbone and request.method == "task-model":
@@ -91,6 +98,24 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         label_separator=request.label_separator,
         seed=request.options.seed,
     )
+
+
+def _check_backbone_training(request: TrainRequest) -> None:
+    training = request.model.get("backbone_training", "frozen")
+    if training == "frozen":
+        if request.options.backbone_learning_rate is not None:
+            raise DataError("--backbone-learning-rate: the backbone is frozen; see --backbone-training")
+        return
+    if training not in BACKBONE_TRAINING:
+        raise DataError(f"--backbone-training: expected one of {', '.join(BACKBONE_TRAINING)}, got {training!r}")
+    if request.method == "task-model":
+        raise DataError(f"--backbone-training {training}: --method task-model has no backbone")
+    if request.cache is not None:
+        raise DataError(f"--cache: keeps the taps of a frozen backbone, and --backbone-training is {training}")
+    if request.include_backbone:
+        raise DataError(f"--include-backbone: what --backbone-training {training} trains is saved in any case")
+    if request.backbone_dtype == "int8":
+        raise DataError(f"--backbone-dtype int8: cannot be trained; leave out --backbone-training {training}")
 
 
 def checkpoint_options(

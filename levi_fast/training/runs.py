@@ -94,7 +94,7 @@ def method_config(method: str, config: LeviConfig) -> LeviConfig:
     elif method == "taps-only":
         config.task_model = None
     elif method == "task-model":
-        config.taps = "none"
+        config.taps, config.backbone_training, config.lora = "none", "frozen", None
         config.mix, config.objective = "mean", "ensemble"
     return config
 
