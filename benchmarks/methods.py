@@ -29,8 +29,11 @@ from levi_fast.data.encoded import EncodedDataset
 from levi_fast.data.tables import Columns
 from levi_fast.storage import write_atomic
 from levi_fast.training.fit import TrainingOptions
-from levi_fast.training.runs import METHODS, MethodResult, Splits, TapBank, run_method
+from levi_fast.training.methods import METHODS
+from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
 from levi_fast.training.tasks import TASK_TRAINING, MovieLensSplits, TableFiles, TableTask
+
+PARTS = ("levi", "linear-probe", "taps-only", "task-model")
 
 
 def load_task(name: str, data: Path, split: str, seed: int) -> MovieLensSplits | TableTask:
@@ -121,7 +124,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("genres", "years"), default="genres", help="movielens: what is held out")
     parser.add_argument("--seeds", type=int, choices=range(1, 101), metavar="N", default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(PARTS))
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE)
     parser.add_argument("--threads", type=int, help="while training the heads; default: as many as torch takes")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/methods-TASK.json beside this file")

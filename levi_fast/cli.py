@@ -85,7 +85,11 @@ def train(
     ] = "frozen",
     method: Annotated[
         str,
-        typer.Option(help="levi, or a baseline: linear-probe, taps-only, task-model.", rich_help_panel=MODEL),
+        typer.Option(
+            help="levi, or a baseline: levi-last-tap, taps-only (LEVI without view, or levi-no-view), linear-probe, "
+            "mlp-probe, head2toe, output-ensemble, task-model.",
+            rich_help_panel=MODEL,
+        ),
     ] = "levi",
     taps: TapsOption = None,
     pooling: PoolingOption = "mean",

@@ -11,6 +11,8 @@ from levi_fast.quantization import check_backbone_dtype
 from levi_fast.reference import ACTIVATIONS, OBJECTIVES, PROBLEM_TYPES
 from levi_fast.taps import POOLINGS
 
+HEADS = ("layerwise", "concatenated", "output-ensemble")
+
 
 class LeviConfig(PreTrainedConfig):
     """Configuration of a :class:`levi_fast.LeviModel`. All arguments are keywords.
@@ -29,6 +31,9 @@ class LeviConfig(PreTrainedConfig):
         taps: "all", "last", "even:k", a list of layer indices (0 is the first layer's output, negatives count
             from the end), or "none": no backbone, the task model alone.
         tap_layers, tap_widths: what ``taps`` resolved to, and the widths D_l; set by ``get_levi_model``.
+        head: what stands on taps and view: "layerwise" (LEVI), or a baseline's: "concatenated" (one layer on all taps
+            side by side, no view) or "output-ensemble" (a linear probe and the task model, outputs averaged).
+        selected_features: "concatenated" head: how many features of the taps are read; None reads all.
         pooling: over tokens: "mean", "cls" (first kept token) or "last" (last kept token).
         hidden_width: H of the adapting layers, or None for linear ones.
         activation: of the adapting layers: "gelu", "relu", "silu" or "tanh".
@@ -68,6 +73,8 @@ class LeviConfig(PreTrainedConfig):
     taps: str | list[int] = "all"
     tap_layers: list[int] | None = None
     tap_widths: list[int] | None = None
+    head: str = "layerwise"
+    selected_features: int | None = None
     pooling: str = "mean"
     hidden_width: int | None = 256
     activation: str = "gelu"
@@ -87,6 +94,9 @@ class LeviConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not isinstance(self.taps, str):
             self.taps = list(self.taps)
+        _require_one_of("head", self.head, HEADS)
+        if self.selected_features is not None and self.head != "concatenated":
+            raise ValueError("selected_features: only with head='concatenated'")
         _require_one_of("pooling", self.pooling, POOLINGS)
         _require_one_of("activation", self.activation, ACTIVATIONS)
         _require_one_of("mix", self.mix, ("mean", "learned"))

@@ -26,6 +26,7 @@ from levi_fast.backbone_training import (
 from levi_fast.backbones import BackboneRecord, backbone_name, fingerprint, load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.errors import BackboneMismatchError, DataError
+from levi_fast.heads import build_head
 from levi_fast.model_folder import (
     BACKBONE_FOLDER,
     HUB_ARGUMENTS,
@@ -77,7 +78,7 @@ class LeviModel(PreTrainedModel):
         backbone: the pre-trained model, or None (``taps="none"``, or loaded to run on precomputed taps alone).
         extractor: reads the taps out of it, or None.
         task_model: the small model trained from scratch, or None.
-        ensemble: the :class:`levi_fast.LayerwiseEnsemble`.
+        ensemble: the :class:`levi_fast.LayerwiseEnsemble`, or what else ``config.head`` names.
     """
 
     config_class = LeviConfig
@@ -93,17 +94,7 @@ class LeviModel(PreTrainedModel):
         if config.tap_widths is None:
             raise ValueError("config.tap_widths: expected the taps' widths; build a new model with get_levi_model")
         self.task_model = task_model if task_model is not None else task_model_of(config)
-        self.ensemble = LayerwiseEnsemble(
-            config.tap_widths,
-            config.view_width,
-            cast(int, config.num_labels),
-            hidden_width=config.hidden_width,
-            activation=cast(Any, config.activation),
-            normalize=config.normalize,
-            mix=cast(Any, config.mix),
-            dropout=config.dropout,
-            view_dropout=config.view_dropout,
-        )
+        self.ensemble = cast(LayerwiseEnsemble, build_head(config))
         self.backbone = backbone
         self.extractor: TapExtractor | None = None
         if backbone is not None:

@@ -24,8 +24,12 @@ METRIC_TITLES = {
 
 METHOD_TITLES = {
     "levi": "LEVI",
+    "levi-last-tap": "LEVI, last tap only",
+    "taps-only": "LEVI without view (taps only)",
     "linear-probe": "linear probe, last layer",
-    "taps-only": "adapting layers on all taps, no task model",
+    "mlp-probe": "MLP probe on all taps",
+    "head2toe": "Head2Toe",
+    "output-ensemble": "output ensemble of probe and task model",
     "task-model": "task model alone",
 }
 

@@ -28,9 +28,10 @@ from levi_fast.report.tables import split_table
 from levi_fast.storage import write_atomic
 from levi_fast.training.cached import cached_taps
 from levi_fast.training.fit import resolve_device
+from levi_fast.training.methods import find_method, method_config
 from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.request import TrainRequest, cache_request, checkpoint_options, load_task
-from levi_fast.training.runs import MethodResult, Splits, TapBank, method_config, run_method
+from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
 from levi_fast.training.tasks import MovieLensSplits, TableTask
 
 
@@ -121,7 +122,7 @@ def prepare(request: TrainRequest, console: Console, *, beside: Prepared | None 
         tokenizer = load_tokenizer(name) if task.processor.columns.text else None
         backbone = None
         # where its taps come from a cache, only a folder that is to hold the backbone needs it
-        if request.method != "task-model" and (request.cache is None or request.include_backbone):
+        if find_method(request.method).has_backbone and (request.cache is None or request.include_backbone):
             with console.status(f"loading {name}"):
                 backbone = load_backbone(name, dtype=request.backbone_dtype)
     backbone_config = getattr(backbone, "config", None) if request.cache is None else load_backbone_config(name)

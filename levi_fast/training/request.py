@@ -16,7 +16,7 @@ from levi_fast.quantization import check_backbone_dtype
 from levi_fast.training.cached import CacheRequest
 from levi_fast.training.checkpoints import CheckpointOptions
 from levi_fast.training.fit import TrainingOptions, check_loop, resolve_device
-from levi_fast.training.runs import METHODS
+from levi_fast.training.methods import find_method
 from levi_fast.training.tasks import MovieLensSplits, TableFiles, TableTask
 
 NAMED_TASKS = ("movielens",)
@@ -62,16 +62,18 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
     Raises:
         DataError: for what cannot be used.
     """
-    if request.method not in METHODS:
-        raise DataError(f"--method: expected one of {', '.join(METHODS)}, got {request.method!r}")
-    if request.method == "linear-probe" and "taps" in request.model:
-        raise DataError("--taps: the linear probe reads the last layer; use --method taps-only for other layers")
+    method = find_method(request.method)
+    if method.fixes_taps and "taps" in request.model:
+        reads = "reads the last layer" if method.has_backbone else "reads no layer"
+        raise DataError(f"--taps: --method {request.method} {reads}; other layers go with levi or taps-only")
     _check_backbone_dtype(request.backbone_dtype, request.options.device)
     _check_backbone_training(request)
     _check_cache(request)
     check_loop(request.loop, with_checkpoints=checkpoint_options(request) is not None)
-    if request.include_backbone and request.method == "task-model":
-        raise DataError("--include-backbone: --method task-model has no backbone to include")
+    if method.selects_features and not request.precompute:
+        raise DataError(f"--no-precompute: --method {request.method} selects among precomputed taps")
+    if request.include_backbone and not method.has_backbone:
+        raise DataError(f"--include-backbone: --method {request.method} has no backbone to include")
     if request.backbone_batch_size < 1:
         raise DataError(f"--backbone-batch-size: expected at least 1, got {request.backbone_batch_size}")
     if request.task_name is not None:
@@ -84,7 +86,7 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         raise DataError("expected --train FILE with --label-column, or --task-name movielens with --data DIR")
     if request.columns.label is None:
         raise DataError("--label-column: expected the name of the column to predict")
-    if not request.columns.text and request.method != "task-model":
+    if not request.columns.text and method.has_backbone:
         raise DataError(
             f"--text-column: --method {request.method} reads text with the backbone; name at least one column "
             f"(--method task-model does without)"
@@ -141,8 +143,8 @@ def _check_cache(request: TrainRequest) -> None:
         if request.cache_dtype is not None:
             raise DataError("--cache-dtype: only with --cache")
         return
-    if request.method == "task-model":
-        raise DataError("--cache: --method task-model reads no taps")
+    if not find_method(request.method).has_backbone:
+        raise DataError(f"--cache: --method {request.method} reads no taps")
     if not request.precompute:
         raise DataError("--cache: --no-precompute runs the backbone in every epoch; leave out one of them")
     if "://" not in request.cache and request.output:
@@ -160,8 +162,8 @@ def cache_request(request: TrainRequest, tokenizer: Any, max_length: int) -> Cac
         folder=request.cache,
         backbone=request.backbone or DEFAULT_BACKBONE,
         backbone_dtype=request.backbone_dtype,
-        # the linear probe reads the last layer of whatever is there
-        taps=None if request.method == "linear-probe" else request.model.get("taps", "all"),
+        # a method of the last layer alone finds it in whatever is there
+        taps=None if find_method(request.method).fixes_taps else request.model.get("taps", "all"),
         pooling=request.model.get("pooling", "mean"),
         tokenizer=tokenizer,
         max_length=max_length,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -19,12 +18,12 @@ from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel, get_levi_model
 from levi_fast.training.best_epoch import EpochProgress, FitResult
 from levi_fast.training.checkpoints import CheckpointOptions
+from levi_fast.training.feature_selection import select_features
 from levi_fast.training.features import precompute_unique_taps, slice_taps
 from levi_fast.training.fit import TrainingOptions, fit, resolve_device
+from levi_fast.training.methods import canonical, find_method, method_config
 from levi_fast.training.metrics import compute_metrics
 from levi_fast.training.prediction import predict
-
-METHODS = ("levi", "linear-probe", "taps-only", "task-model")
 
 # Called with (name of the split, texts done, texts in all).
 TapProgress = Callable[[str, int, int], None]
@@ -70,33 +69,6 @@ class MethodResult:
     fit: FitResult
     id: dict[str, float]
     ood: dict[str, dict[str, float]]
-
-
-def method_config(method: str, config: LeviConfig) -> LeviConfig:
-    """The config of a method, from that of LEVI: the same data, budget and selection, another model.
-
-    ``linear-probe``: one linear layer on the last tap. ``taps-only``: adapting layers on all taps without a view.
-    ``task-model``: the task model with a head, without a backbone.
-
-    Raises:
-        DataError: unknown method, or one that needs a task model where there is none.
-    """
-    if method not in METHODS:
-        raise DataError(f"--method: expected one of {', '.join(METHODS)}, got {method!r}")
-    config = copy.deepcopy(config)
-    if method in ("levi", "task-model") and config.task_model is None:
-        raise DataError(
-            f"--method {method} needs a task model; with --task-model none there is only taps-only or linear-probe"
-        )
-    if method == "linear-probe":
-        config.taps, config.hidden_width, config.dropout, config.task_model = "last", None, 0.0, None
-        config.mix, config.objective = "mean", "ensemble"
-    elif method == "taps-only":
-        config.task_model = None
-    elif method == "task-model":
-        config.taps, config.backbone_training, config.lora = "none", "frozen", None
-        config.mix, config.objective = "mean", "ensemble"
-    return config
 
 
 class TapBank:
@@ -216,7 +188,7 @@ def run_method(
     """Train one method and score it.
 
     Args:
-        method: one of :data:`METHODS`.
+        method: one of :data:`levi_fast.training.methods.METHODS`, or an alias.
         config: that of LEVI for this task; see :func:`method_config`.
         splits: encoded data with labels.
         options: the budget, the same for all methods.
@@ -230,10 +202,8 @@ def run_method(
         DataError: see :func:`method_config` and ``fit``.
         ValueError: the taps cannot be found, or training diverged.
     """
-    set_seed(options.seed)  # before the model is built: its initial weights come from the seed
-    model = get_levi_model(None if method == "task-model" else backbone, method_config(method, config))
-    if bank is not None and method != "task-model":
-        bank.attach(model, splits)
+    method = canonical(method)
+    model = _build(method, method_config(method, config), splits, options.seed, backbone, bank)
     try:
         move(model, resolve_device(options.device))
         result = fit(
@@ -246,6 +216,32 @@ def run_method(
         for _, dataset in splits.named():
             dataset.set_taps(None)
     return MethodResult(method, model, result, id_metrics, ood)
+
+
+def _build(
+    method: str,
+    config: LeviConfig,
+    splits: Splits,
+    seed: int,
+    backbone: nn.Module | BackboneRecord | None,
+    bank: TapBank | None,
+) -> LeviModel:
+    """A method's model, newly initialised, with the taps that it reads attached to the splits."""
+    kind = find_method(method)
+    set_seed(seed)  # before the model is built: its initial weights come from the seed
+    model = get_levi_model(backbone if kind.has_backbone else None, config)
+    if bank is not None and kind.has_backbone:
+        bank.attach(model, splits)
+    if not kind.selects_features:
+        return model
+    if bank is None:
+        raise DataError(f"--method {method}: selects among precomputed taps; leave out --no-precompute")
+    chosen, _ = select_features(model, splits.train, splits.validation)
+    config.selected_features = len(chosen)
+    set_seed(seed)
+    model = get_levi_model(backbone, config)
+    cast(Tensor, model.ensemble.selected).copy_(chosen)
+    return model
 
 
 def score(model: LeviModel, dataset: EncodedDataset, backbone_batch_size: int = 32) -> dict[str, float]:

@@ -23,9 +23,10 @@ from levi_fast.training.commands import (
     prepare,
     write_model,
 )
+from levi_fast.training.methods import find_method, method_config
 from levi_fast.training.metrics import SELECTION_METRIC
 from levi_fast.training.output import new_folder, require_new_folder
-from levi_fast.training.runs import MethodResult, TapBank, method_config
+from levi_fast.training.runs import MethodResult, TapBank
 from levi_fast.training.sweep import Head, HeadProgress, HeadResult, ranked, train_heads
 from levi_fast.training.sweep_file import Configuration, read_sweep
 
@@ -123,6 +124,8 @@ def _label_columns(
     by_column: dict[str | None, list[Configuration]] = {}
     for configuration in configurations:
         by_column.setdefault(configuration.label_column or own, []).append(configuration)
+    if find_method(request.method).selects_features:
+        raise DataError(f"--sweep: --method {request.method} selects features for each run; train it without --sweep")
     if request.task_name is not None and set(by_column) != {own}:
         raise DataError(f"--sweep: label_column: --task-name {request.task_name} brings its own labels")
     if len(by_column) > 1 and request.problem_type is not None:

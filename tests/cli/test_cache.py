@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from levi_fast.training.methods import METHODS
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -53,7 +55,10 @@ def no_backbone(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 class TestTrain:
     @pytest.mark.parametrize(
         ("method", "loop"),
-        [("levi", "trainer"), ("levi", "lean"), ("linear-probe", "lean"), ("taps-only", "lean")],
+        [
+            ("levi", "trainer"),
+            *((method, "lean") for method in METHODS if METHODS[method].has_backbone),
+        ],
     )
     def test_the_same_bits_without_the_backbone(
         self,

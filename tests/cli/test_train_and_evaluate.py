@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from levi_fast.training.methods import METHODS
+
 Run = Callable[..., tuple[int, str, str]]
 Rows = list[dict[str, Any]]
 
@@ -81,15 +83,19 @@ class TestTrain:
         weights = [(tmp_path / loop / "model.safetensors").read_bytes() for loop in ("trainer", "lean")]
         assert weights[0] == weights[1]
 
-    @pytest.mark.parametrize("method", ["linear-probe", "taps-only", "task-model"])
+    @pytest.mark.parametrize("method", [name for name in METHODS if name != "levi"])
     def test_baselines(self, levi_fast: Run, train_arguments: list[str], tmp_path: Path, method: str) -> None:
         status, _out, err = levi_fast(*train_arguments, "--method", method)
         assert status == 0, err
         found = metrics(tmp_path / "model")
-        assert found["method"] == method and found["blend"] == 0.0
+        assert found["method"] == method
         config = json.loads((tmp_path / "model" / "config.json").read_text())
-        assert config["tap_layers"] == {"linear-probe": [2], "taps-only": [0, 1, 2], "task-model": None}[method]
-        assert (config["task_model"] is None) == (method != "task-model")
+        last = {"linear-probe": [2], "levi-last-tap": [2], "output-ensemble": [2], "task-model": None}
+        assert config["tap_layers"] == last.get(method, [0, 1, 2])
+        has_view = method in ("levi-last-tap", "output-ensemble", "task-model")
+        assert (config["task_model"] is None) == (not has_view)
+        if not has_view or method == "task-model":
+            assert found["blend"] == 0.0
         test = train_arguments[train_arguments.index("--test") + 1]
         status, _, err = levi_fast(
             "evaluate", "--model", str(tmp_path / "model"), "--data", test, "--output", str(tmp_path / "e.json")

@@ -19,9 +19,10 @@ from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel, get_levi_model
 from levi_fast.training.features import precompute_taps, precompute_unique_taps, slice_taps
 from levi_fast.training.fit import TrainingOptions, fit, resolve_device
+from levi_fast.training.methods import METHODS, method_config
 from levi_fast.training.metrics import best_blend, blend_logits, compute_metrics, selection_key
 from levi_fast.training.prediction import predict
-from levi_fast.training.runs import METHODS, Splits, TapBank, method_config, run_method
+from levi_fast.training.runs import Splits, TapBank, run_method
 
 SINGLE = "single_label_classification"
 TEXT = {"type": "text", "vocab_size": 48, "embedding_dim": 8, "view_width": 8}
