@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 
 import rich.console
@@ -16,8 +17,10 @@ class Console:
     """Notes and progress bars for people; a stream that is no terminal gets one line per stage instead of bars."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.out = rich.console.Console()
-        self.err = rich.console.Console(stderr=True, highlight=False, quiet=quiet)
+        # of several processes that torchrun started, the first one speaks
+        silent = os.environ.get("RANK", "0") != "0"
+        self.out = rich.console.Console(quiet=silent)
+        self.err = rich.console.Console(stderr=True, highlight=False, quiet=quiet or silent)
 
     def note(self, text: str) -> None:
         """One line on stderr, as it is."""
@@ -28,7 +31,8 @@ class Console:
         if self.out.is_terminal:
             self.out.print(table)
         else:
-            rich.console.Console(file=self.out.file, width=max(200, self.out.width)).print(table)
+            wide = rich.console.Console(file=self.out.file, width=max(200, self.out.width), quiet=self.out.quiet)
+            wide.print(table)
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[None]:

@@ -17,6 +17,7 @@ from levi_fast.backbones import (
     load_backbone_config,
     load_tokenizer,
 )
+from levi_fast.cache.ranks import World
 from levi_fast.config import LeviConfig
 from levi_fast.data.preprocessing import TableProcessor
 from levi_fast.errors import DataError
@@ -52,6 +53,8 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
     loaded = f" of {total:,}" if request.cache is None else "; the backbone's taps came from the cache"
     console.note(f"trained parameters: {trained:,}{loaded}")
     document = document_of(request, prepared, result, started)
+    if World.from_environment().rank:  # of several processes, the first one writes
+        return document
     with new_folder(request.output) as stage:
         write_model(stage, request, prepared, result, document)
     checkpoints = checkpoint_options(request)

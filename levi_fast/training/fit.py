@@ -42,7 +42,7 @@ class TrainingOptions:
 
     Args:
         epochs: passes over the training rows; the best one on validation data is kept.
-        batch_size: rows per step.
+        batch_size: rows per step, in each process.
         learning_rate: AdamW's at its peak; linear warm-up over the first ``warmup_ratio`` of the steps, then cosine
             decay to 0.
         backbone_learning_rate: the peak for a backbone that is trained; None is 5e-5 for "full" and 5e-4 for "lora".
@@ -96,7 +96,9 @@ def resolve_device(device: str) -> torch.device:
         raise DataError(f"--device: expected auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: torch sees no CUDA device here; see levi-fast env")
-    return torch.device("cuda", 0) if device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun: each process its own
 
 
 def fit(
@@ -107,6 +109,7 @@ def fit(
     *,
     loop: str = "auto",
     checkpoints: CheckpointOptions | None = None,
+    alone: bool = False,
     on_epoch: EpochProgress | None = None,
 ) -> FitResult:
     """Train a model in place; it ends in eval mode with the best epoch's weights and ``config.blend`` set.
@@ -120,6 +123,7 @@ def fit(
             same results; ``"auto"``: lean, but Trainer where the backbone runs in every step or there are several
             processes.
         checkpoints: where to write checkpoints, and to go on from if there are any; by the lean loop.
+        alone: each of torchrun's processes trains a model of its own.
         on_epoch: called after every epoch; after going on from a checkpoint, for the epochs before it too.
 
     Raises:
@@ -130,7 +134,8 @@ def fit(
     backbone = model.backbone
     runs_backbone = model.extractor is not None and not (train.has_taps and validation.has_taps)
     backbone_rate = options.backbone_learning_rate or BACKBONE_LEARNING_RATES[model.config.backbone_training]
-    check_loop(loop, with_checkpoints=checkpoints is not None)
+    if not alone:
+        check_loop(loop, with_checkpoints=checkpoints is not None)
     set_seed(options.seed)
     model.config.blend = 0.0  # logits are those with the view; scoring does the blending
     best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, on_epoch)
@@ -140,7 +145,8 @@ def fit(
     try:
         # Trainer wants a folder; nothing is kept there, because the best weights stay in memory (they are small).
         with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
-            arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // options.batch_size))
+            rows_per_step = options.batch_size * (1 if alone else _processes())
+            arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // rows_per_step))
             lean_serves = (not runs_backbone or checkpoints is not None) and not _is_distributed()
             with train.only(model.reads), validation.only(model.reads):
                 if loop == "lean" or (loop == "auto" and lean_serves):
@@ -181,9 +187,13 @@ def _run_of(
     }
 
 
+def _processes() -> int:
+    """How many processes torchrun, or accelerate, started: Trainer gives each a batch of every step."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _is_distributed() -> bool:
-    """Whether this process is one of several that torchrun, or accelerate, started: Trainer splits batches there."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _processes() > 1
 
 
 def train_with_trainer(
@@ -254,6 +264,7 @@ def _arguments(folder: str, options: TrainingOptions, num_steps: int) -> Trainin
         label_names=["labels"],
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,  # every trained parameter has a part in every step
     )
     # Several GPUs would make Trainer split batches over replicas of a model that costs less than the splitting.
     if arguments.n_gpu > 1:

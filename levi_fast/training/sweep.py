@@ -7,7 +7,8 @@ compute, so its figures are that run's, to the last bit where that run has one t
 share is rounded in another order).
 
 Workers are forked, so that they see the taps without a copy. On a GPU, or where the system cannot fork, the heads
-are trained one after another in this process.
+are trained one after another in this process. Several processes that torchrun started share the heads out; the first
+one ends up with all results.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import set_seed
 
+from levi_fast.cache.ranks import World
 from levi_fast.config import LeviConfig
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel
@@ -96,10 +99,10 @@ def train_heads(
     Args:
         heads: their splits must have taps attached; the backbone is not run.
         workers: processes; by default one per CPU core that torch uses. 1 trains in this process, with its threads.
-        on_head: progress.
+        on_head: progress over this process's share.
 
     Returns:
-        the results in the order of ``heads``.
+        the results in the order of ``heads``; in a process of torchrun's other than the first, those of its share.
 
     Raises:
         DataError: no heads, two of one name, a head without taps, or a worker that was killed.
@@ -107,16 +110,31 @@ def train_heads(
     _check(heads)
     if workers is None:
         workers = torch.get_num_threads()
-    workers = min(workers, len(heads)) if can_fork(heads) else 1
-    results: list[HeadResult | None] = [None] * len(heads)
+    world = World.from_environment()
+    mine = heads[world.rank :: world.size]
+    workers = max(1, min(workers, len(mine))) if can_fork(heads) else 1
+    results: list[HeadResult | None] = [None] * len(mine)
     with ExitStack() as stack:
-        for dataset in {id(data): data for head in heads for _, data in head.splits.named()}.values():
+        for dataset in {id(data): data for head in mine for _, data in head.splits.named()}.values():
             stack.enter_context(resident(dataset))  # once, before the workers are forked
-        for done, (place, result) in enumerate(_trained(heads, workers), start=1):
+        for done, (place, result) in enumerate(_trained(mine, workers), start=1):
             results[place] = result
             if on_head is not None:
-                on_head(done, len(heads), result)
-    return [result for result in results if result is not None]
+                on_head(done, len(mine), result)
+    own = [result for result in results if result is not None]
+    return own if world.size == 1 else _gathered(heads, own, world)
+
+
+def _gathered(heads: Sequence[Head], own: list[HeadResult], world: World) -> list[HeadResult]:
+    """In the first process all results in order, elsewhere this process's. A process that died ends them all."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    parts: list[Any] = [None] * world.size
+    content = [(result.fit, result.id, result.ood, result.weights, result.error) for result in own]
+    torch.distributed.gather_object(content, parts if world.rank == 0 else None)
+    if world.rank:
+        return own
+    return [HeadResult(head, *parts[place % world.size][place // world.size]) for place, head in enumerate(heads)]
 
 
 def ranked(results: Sequence[HeadResult]) -> list[HeadResult]:
@@ -198,7 +216,7 @@ def _train(head: Head) -> HeadResult:
     model = LeviModel(head.config)
     move(model, resolve_device(head.options.device))
     try:
-        result = fit(model, head.splits.train, head.splits.validation, head.options, loop="lean")
+        result = fit(model, head.splits.train, head.splits.validation, head.options, loop="lean", alone=True)
         scored = head.splits.validation if head.splits.test is None else head.splits.test
         id_metrics = score(model, scored)
         ood = {name: score(model, dataset) for name, dataset in head.splits.ood.items()}

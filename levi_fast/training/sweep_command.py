@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from levi_fast.cache.ranks import World
 from levi_fast.config import LeviConfig
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel, get_levi_model
@@ -54,7 +55,7 @@ def train_sweep(request: TrainRequest, sweep: str, console: Console) -> dict[str
     Where the sweep names several label columns, the best model of each goes into a folder of that name.
 
     Returns:
-        the content of ``sweep.json``.
+        the content of ``sweep.json``; nothing in a process of torchrun's other than the first.
 
     Raises:
         DataError: for anything in the sweep, the request or the data that cannot be used; before training starts.
@@ -75,6 +76,8 @@ def train_sweep(request: TrainRequest, sweep: str, console: Console) -> dict[str
     console.note(f"training {len(heads)} configurations")
     with console.progress("training configurations") as report:
         results = train_heads(heads, on_head=_forget_all_but_the_best(columns, report))
+    if World.from_environment().rank:  # of several processes, the first one has the results and writes
+        return {}
     of_head = {result.head.name: result for result in results}
     rankings = [ranked([of_head[head.name] for head in column.heads]) for column in columns]
     for ranking in rankings:
