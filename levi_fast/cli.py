@@ -89,7 +89,8 @@ def train(
         str,
         typer.Option(
             help="levi, or a baseline: levi-last-tap, taps-only (LEVI without view, or levi-no-view), linear-probe, "
-            "mlp-probe, head2toe, output-ensemble, task-model.",
+            "mlp-probe, head2toe, output-ensemble, task-model; with the backbone trained: fine-tuning, lora, lp-ft, "
+            "wise-ft, levi-fine-tuned, levi-lora.",
             rich_help_panel=MODEL,
         ),
     ] = "levi",

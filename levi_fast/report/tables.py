@@ -31,6 +31,12 @@ METHOD_TITLES = {
     "head2toe": "Head2Toe",
     "output-ensemble": "output ensemble of probe and task model",
     "task-model": "task model alone",
+    "fine-tuning": "full fine-tuning",
+    "lora": "LoRA",
+    "lp-ft": "LP-FT",
+    "wise-ft": "WiSE-FT",
+    "levi-fine-tuned": "LEVI, backbone fine-tuned",
+    "levi-lora": "LEVI, backbone with LoRA",
 }
 
 

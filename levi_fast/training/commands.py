@@ -194,6 +194,7 @@ def run_document(result: MethodResult, splits: Splits, seed: int) -> dict[str, A
         "method": result.method,
         "problem_type": result.model.config.problem_type,
         "blend": result.fit.blend,
+        "choices": result.choices,
         "best_epoch": result.fit.best_epoch,
         "epochs": len(result.fit.history),
         "seed": seed,

@@ -1,7 +1,8 @@
 """The methods of ``levi-fast train --method``: LEVI and its baselines, as changes to LEVI's own config.
 
 All share the data, the schedule, and selection on ID validation data: the epoch, and one choice of the method's own
-among at most three candidates (LEVI: the blend, likewise the output ensemble; Head2Toe: the share of features).
+among at most three candidates (LEVI: the blend, likewise the output ensemble; Head2Toe: the share of features;
+WiSE-FT: the weight of the fine-tuned model).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from levi_fast.backbone_training import check_lora
 from levi_fast.config import LeviConfig
 from levi_fast.errors import DataError
 
@@ -24,20 +26,30 @@ class Method:
         fields: what it changes in LEVI's config.
         needs_view: whether it needs a task model.
         selects_features: whether it picks features of the taps on training data first.
+        starts_from_probe: whether a linear probe is trained first, and its head is where training starts.
+        interpolates: whether the result is a mean of the weights before and after training.
     """
 
     source: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     needs_view: bool = False
     selects_features: bool = False
+    starts_from_probe: bool = False
+    interpolates: bool = False
 
     @property
     def has_backbone(self) -> bool:
         return self.fields.get("taps") != "none"
 
     @property
-    def has_view(self) -> bool:
-        return "task_model" not in self.fields
+    def backbone_training(self) -> str | None:
+        """What of the backbone the method trains; None where that is not part of the method."""
+        found = self.fields.get("backbone_training")
+        return None if found is None else str(found)
+
+    @property
+    def trains_backbone(self) -> bool:
+        return self.backbone_training not in (None, "frozen")
 
     @property
     def fixes_taps(self) -> bool:
@@ -48,6 +60,8 @@ class Method:
 _ONE_LOSS = {"mix": "mean", "objective": "ensemble"}
 _LINEAR = {"hidden_width": None, "dropout": 0.0}
 _NO_VIEW = {"task_model": None}
+
+_FINE_TUNING = {"taps": "last", **_LINEAR, **_NO_VIEW, **_ONE_LOSS, "backbone_training": "full"}
 
 LEVI_PAPER = "Roh et al. 2024, arXiv 2402.04644"
 PROBING_PAPER = "Alain & Bengio 2016, arXiv 1610.01644"
@@ -68,9 +82,17 @@ METHODS: dict[str, Method] = {
         {"head": "output-ensemble", "taps": "last", "mix": "mean", "objective": "per_layer"},
         needs_view=True,
     ),
-    "task-model": Method(
-        LEVI_PAPER, {"taps": "none", "backbone_training": "frozen", "lora": None, **_ONE_LOSS}, needs_view=True
+    "task-model": Method(LEVI_PAPER, {"taps": "none", "backbone_training": "frozen", **_ONE_LOSS}, needs_view=True),
+    "fine-tuning": Method("Devlin et al. 2019, arXiv 1810.04805", _FINE_TUNING),
+    "lora": Method("Hu et al. 2022, arXiv 2106.09685", {**_FINE_TUNING, "backbone_training": "lora"}),
+    "lp-ft": Method("Kumar et al. 2022, arXiv 2202.10054", _FINE_TUNING, starts_from_probe=True),
+    "wise-ft": Method(
+        "Wortsman et al. 2022, arXiv 2109.01903", _FINE_TUNING, starts_from_probe=True, interpolates=True
     ),
+    "levi-fine-tuned": Method(
+        f"{LEVI_PAPER}, the backbone trained with it", {"backbone_training": "full"}, needs_view=True
+    ),
+    "levi-lora": Method(f"{LEVI_PAPER}, with LoRA", {"backbone_training": "lora"}, needs_view=True),
 }
 
 # Other names of the same methods.
@@ -106,4 +128,5 @@ def method_config(method: str, config: LeviConfig) -> LeviConfig:
         raise DataError(f"--method {method} needs a task model; with --task-model none there is only {without}")
     for name, value in found.fields.items():
         setattr(config, name, value)
+    config.lora = check_lora(config.lora) if config.backbone_training == "lora" else None
     return config

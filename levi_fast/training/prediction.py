@@ -19,10 +19,14 @@ EVALUATION_BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class Predictions:
-    """Float32 logits ``[N, C]``: blended as the model's config says, and with the view zeroed (None without view)."""
+    """Float32 logits ``[N, C]``: blended as the model's config says, and with the view zeroed (None without view).
+
+    ``layer_logits`` ``[L, N, C]``: every layer's, blended likewise, where they were asked for.
+    """
 
     logits: np.ndarray
     logits_without_view: np.ndarray | None
+    layer_logits: np.ndarray | None = None
 
 
 def predict(
@@ -30,6 +34,7 @@ def predict(
     dataset: EncodedDataset,
     *,
     backbone_batch_size: int = 32,
+    with_layers: bool = False,
     progress: Progress | None = None,
 ) -> Predictions:
     """Predict every row, in order.
@@ -41,6 +46,7 @@ def predict(
         model: put into eval mode; its device is used.
         dataset: encoded rows.
         backbone_batch_size: texts per forward pass of the backbone.
+        with_layers: keep every layer's predictions too.
         progress: called with (texts done, texts in all) while the backbone runs.
     """
     was_training = model.training
@@ -53,18 +59,25 @@ def predict(
         device = next(model.parameters()).device
         logits: list[np.ndarray] = []
         without_view: list[np.ndarray] = []
+        layers: list[np.ndarray] = []
         with torch.no_grad(), dataset.only(model.reads):
             for batch in dataset.batches(EVALUATION_BATCH_SIZE):
                 batch.pop("labels", None)
                 output = model(**{name: value.to(device) for name, value in batch.items()})
                 logits.append(output.logits.float().cpu().numpy())
+                if with_layers:
+                    layers.append(output.layer_logits.float().cpu().numpy())
                 if output.logits_without_view is not None:
                     without_view.append(output.logits_without_view.float().cpu().numpy())
     finally:
         if needs_taps:
             dataset.set_taps(None)
         model.train(was_training)
-    return Predictions(np.concatenate(logits), np.concatenate(without_view) if without_view else None)
+    return Predictions(
+        np.concatenate(logits),
+        np.concatenate(without_view) if without_view else None,
+        np.concatenate(layers, axis=1) if layers else None,
+    )
 
 
 def readable_predictions(logits: np.ndarray, labels: LabelSpace) -> dict[str, list[object]]:

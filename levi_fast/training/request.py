@@ -53,7 +53,12 @@ class TrainRequest:
     @property
     def runs_backbone_once(self) -> bool:
         """Whether the taps are computed before training; those of a backbone that is trained change with it."""
-        return self.precompute and self.model.get("backbone_training", "frozen") == "frozen"
+        return self.precompute and self.backbone_training == "frozen"
+
+    @property
+    def backbone_training(self) -> str:
+        """What of the backbone is trained: what the method says, else what was asked for."""
+        return find_method(self.method).backbone_training or str(self.model.get("backbone_training", "frozen"))
 
 
 def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
@@ -103,21 +108,30 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
 
 
 def _check_backbone_training(request: TrainRequest) -> None:
-    training = request.model.get("backbone_training", "frozen")
+    training, method = request.backbone_training, find_method(request.method)
+    asked = request.model.get("backbone_training", "frozen")
+    if asked not in BACKBONE_TRAINING:
+        raise DataError(f"--backbone-training: expected one of {', '.join(BACKBONE_TRAINING)}, got {asked!r}")
+    if asked != "frozen" and not method.has_backbone:
+        raise DataError(f"--backbone-training {asked}: --method {request.method} has no backbone")
+    if asked not in ("frozen", training):
+        raise DataError(f"--backbone-training {asked}: --method {request.method} is {training}")
+    if asked != "frozen" and method.selects_features:
+        raise DataError(
+            f"--backbone-training {asked}: --method {request.method} selects among a frozen one's features"
+        )
     if training == "frozen":
         if request.options.backbone_learning_rate is not None:
-            raise DataError("--backbone-learning-rate: the backbone is frozen; see --backbone-training")
+            raise DataError(
+                "--backbone-learning-rate: the backbone is frozen; see --backbone-training and --method fine-tuning"
+            )
         return
-    if training not in BACKBONE_TRAINING:
-        raise DataError(f"--backbone-training: expected one of {', '.join(BACKBONE_TRAINING)}, got {training!r}")
-    if request.method == "task-model":
-        raise DataError(f"--backbone-training {training}: --method task-model has no backbone")
     if request.cache is not None:
-        raise DataError(f"--cache: keeps the taps of a frozen backbone, and --backbone-training is {training}")
+        raise DataError(f"--cache: keeps the taps of a frozen backbone, and here it is trained ({training})")
     if request.include_backbone:
-        raise DataError(f"--include-backbone: what --backbone-training {training} trains is saved in any case")
+        raise DataError(f"--include-backbone: a trained backbone ({training}) is saved in any case")
     if request.backbone_dtype == "int8":
-        raise DataError(f"--backbone-dtype int8: cannot be trained; leave out --backbone-training {training}")
+        raise DataError(f"--backbone-dtype int8: cannot be trained ({training})")
 
 
 def checkpoint_options(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
@@ -20,10 +22,11 @@ from levi_fast.training.best_epoch import EpochProgress, FitResult
 from levi_fast.training.checkpoints import CheckpointOptions
 from levi_fast.training.feature_selection import select_features
 from levi_fast.training.features import precompute_unique_taps, slice_taps
-from levi_fast.training.fit import TrainingOptions, fit, resolve_device
+from levi_fast.training.fit import BACKBONE_LEARNING_RATES, TrainingOptions, fit, resolve_device
+from levi_fast.training.interpolation import interpolate
 from levi_fast.training.methods import canonical, find_method, method_config
 from levi_fast.training.metrics import compute_metrics
-from levi_fast.training.prediction import predict
+from levi_fast.training.prediction import Predictions, predict
 
 # Called with (name of the split, texts done, texts in all).
 TapProgress = Callable[[str, int, int], None]
@@ -62,13 +65,19 @@ class Splits:
 
 @dataclass
 class MethodResult:
-    """A trained model and its scores: ``id`` and ``ood[name]`` map metric names to values."""
+    """A trained model and its scores: ``id`` and ``ood[name]`` map metric names to values.
+
+    ``choices`` is what the method chose beside epoch and blend; ``predictions`` are those of the scored splits, by
+    name as in :meth:`Splits.named`.
+    """
 
     method: str
     model: LeviModel
     fit: FitResult
     id: dict[str, float]
     ood: dict[str, dict[str, float]]
+    choices: dict[str, float] = field(default_factory=dict)
+    predictions: dict[str, Predictions] = field(default_factory=dict)
 
 
 class TapBank:
@@ -110,7 +119,9 @@ class TapBank:
         progress: TapProgress | None = None,
     ) -> TapBank:
         """Run every split's texts through the backbone once, reading ``config.taps``."""
-        reader = get_levi_model(backbone, method_config("taps-only", config))
+        reads = method_config("taps-only", config)
+        reads.backbone_training, reads.lora = "frozen", None
+        reader = get_levi_model(backbone, reads)
         move(reader, device or torch.device("cpu"))
         taps: dict[str, tuple[Tensor | CachedTaps, Tensor]] = {}
         for name, dataset in splits.named():
@@ -183,6 +194,7 @@ def run_method(
     backbone_batch_size: int = 32,
     loop: str = "auto",
     checkpoints: CheckpointOptions | None = None,
+    keep_layers: bool = False,
     on_epoch: EpochProgress | None = None,
 ) -> MethodResult:
     """Train one method and score it.
@@ -192,10 +204,12 @@ def run_method(
         config: that of LEVI for this task; see :func:`method_config`.
         splits: encoded data with labels.
         options: the budget, the same for all methods.
-        backbone: frozen; None for ``task-model``; a record of it where ``bank`` has its taps.
+        backbone: left as it is (a method that trains it trains a copy); None for ``task-model``; a record of it where
+            ``bank`` has its taps.
         bank: precomputed taps; None runs the backbone in every epoch.
         backbone_batch_size: texts per forward pass of the backbone where it runs for predictions.
         loop, checkpoints: see :func:`levi_fast.training.fit.fit`.
+        keep_layers: also predict the validation rows, and keep every layer's predictions.
         on_epoch: progress.
 
     Raises:
@@ -203,19 +217,41 @@ def run_method(
         ValueError: the taps cannot be found, or training diverged.
     """
     method = canonical(method)
-    model = _build(method, method_config(method, config), splits, options.seed, backbone, bank)
+    kind, own = find_method(method), method_config(method, config)
+    start = None
+    if kind.starts_from_probe:
+        start = _probe_head(config, splits, options, backbone, bank, loop)
+        # Fine-tuning is to start where the probe is: a head's learning rate would leave that behind in a few steps.
+        rate = options.backbone_learning_rate or BACKBONE_LEARNING_RATES[own.backbone_training]
+        options = replace(options, learning_rate=cast(float, rate))
+    if own.backbone_training != "frozen":
+        backbone, bank = copy.deepcopy(backbone), None  # trained in place, and others share it
     try:
+        model, choices = _build(method, own, splits, options.seed, backbone, bank)
+        if start is not None:
+            model.ensemble.load_state_dict(start)
         move(model, resolve_device(options.device))
+        before = {k: v.detach().clone() for k, v in model.state_dict().items()} if kind.interpolates else None
         result = fit(
             model, splits.train, splits.validation, options, loop=loop, checkpoints=checkpoints, on_epoch=on_epoch
         )
-        scored_id = splits.validation if splits.test is None else splits.test
-        id_metrics = score(model, scored_id, backbone_batch_size)
-        ood = {name: score(model, dataset, backbone_batch_size) for name, dataset in splits.ood.items()}
+        if before is not None:
+            choices["alpha"] = interpolate(model, before, splits.validation, result, backbone_batch_size)
+        predictions = {
+            name: predict(model, data, backbone_batch_size=backbone_batch_size, with_layers=keep_layers)
+            for name, data in splits.named()
+            if name != "train" and (name != "validation" or keep_layers or splits.test is None)
+        }
     finally:
         for _, dataset in splits.named():
             dataset.set_taps(None)
-    return MethodResult(method, model, result, id_metrics, ood)
+    scores = {
+        name: compute_metrics(predictions[name].logits, _labels(data), str(own.problem_type))
+        for name, data in splits.named()
+        if name in predictions
+    }
+    ood = {name: scores[f"ood {name}"] for name in splits.ood}
+    return MethodResult(method, model, result, scores[splits.id_split], ood, choices, predictions)
 
 
 def _build(
@@ -225,31 +261,55 @@ def _build(
     seed: int,
     backbone: nn.Module | BackboneRecord | None,
     bank: TapBank | None,
-) -> LeviModel:
-    """A method's model, newly initialised, with the taps that it reads attached to the splits."""
+) -> tuple[LeviModel, dict[str, float]]:
+    """A method's model, newly initialised, its taps attached to the splits; and what it chose for that."""
     kind = find_method(method)
     set_seed(seed)  # before the model is built: its initial weights come from the seed
     model = get_levi_model(backbone if kind.has_backbone else None, config)
     if bank is not None and kind.has_backbone:
         bank.attach(model, splits)
     if not kind.selects_features:
-        return model
+        return model, {}
     if bank is None:
         raise DataError(f"--method {method}: selects among precomputed taps; leave out --no-precompute")
-    chosen, _ = select_features(model, splits.train, splits.validation)
+    chosen, fraction = select_features(model, splits.train, splits.validation)
     config.selected_features = len(chosen)
     set_seed(seed)
     model = get_levi_model(backbone, config)
     cast(Tensor, model.ensemble.selected).copy_(chosen)
-    return model
+    return model, {"fraction": fraction}
+
+
+def _probe_head(
+    config: LeviConfig,
+    splits: Splits,
+    options: TrainingOptions,
+    backbone: nn.Module | BackboneRecord | None,
+    bank: TapBank | None,
+    loop: str,
+) -> dict[str, Tensor]:
+    """Weights of a linear probe's head, trained on the frozen backbone: the first stage of LP-FT."""
+    frozen = copy.deepcopy(config)
+    frozen.backbone_training, frozen.lora = "frozen", None
+    own = Splits(splits.train, splits.validation)
+    if bank is None and isinstance(backbone, nn.Module):
+        bank = TapBank.build(backbone, method_config("linear-probe", frozen), own)
+    probe = run_method("linear-probe", frozen, own, options, backbone=backbone, bank=bank, loop=loop)
+    return {name: value.detach().cpu() for name, value in probe.model.ensemble.state_dict().items()}
+
+
+def _labels(dataset: EncodedDataset) -> np.ndarray:
+    if dataset.labels is None:
+        raise ValueError(f"{dataset.name}: expected labels")
+    labels: np.ndarray = dataset.labels.numpy()
+    return labels
 
 
 def score(model: LeviModel, dataset: EncodedDataset, backbone_batch_size: int = 32) -> dict[str, float]:
     """Metrics of a model on a data set with labels."""
-    if dataset.labels is None:
-        raise ValueError(f"{dataset.name}: expected labels")
+    labels = _labels(dataset)
     predictions = predict(model, dataset, backbone_batch_size=backbone_batch_size)
-    return compute_metrics(predictions.logits, dataset.labels.numpy(), str(model.config.problem_type))
+    return compute_metrics(predictions.logits, labels, str(model.config.problem_type))
 
 
 def move(model: LeviModel, device: torch.device) -> None:

@@ -67,8 +67,8 @@ def train_sweep(request: TrainRequest, sweep: str, console: Console) -> dict[str
         raise DataError("--sweep: trains on precomputed taps; leave out --no-precompute")
     if request.loop == "trainer":
         raise DataError("--sweep: trains with the lean loop; leave out --loop trainer")
-    if request.model.get("backbone_training", "frozen") != "frozen":
-        raise DataError("--sweep: trains on precomputed taps; leave out --backbone-training")
+    if request.backbone_training != "frozen":
+        raise DataError("--sweep: trains on precomputed taps; and here the backbone is trained")
     if request.checkpoints is not None:
         raise DataError("--sweep: trains its heads whole; leave out --checkpoints")
     columns = _label_columns(request, configurations, console)

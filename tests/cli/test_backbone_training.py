@@ -56,7 +56,7 @@ def test_the_backbones_learning_rate_is_its_own(
         (["--backbone-learning-rate", "1e-4"], "--backbone-learning-rate: the backbone is frozen"),
         (["--backbone-training", "lora", "--cache", "c"], "--cache: keeps the taps of a frozen backbone"),
         (["--backbone-training", "full", "--method", "task-model"], "--method task-model has no backbone"),
-        (["--backbone-training", "full", "--include-backbone"], "--include-backbone: what --backbone-training full"),
+        (["--backbone-training", "full", "--include-backbone"], "--include-backbone: a trained backbone (full)"),
         (["--backbone-training", "lora", "--backbone-dtype", "int8"], "--backbone-dtype int8: cannot be trained"),
         (["--backbone-training", "full", "--backbone-learning-rate", "0"], "expected a positive number, got 0.0"),
     ],

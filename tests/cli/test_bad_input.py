@@ -150,6 +150,8 @@ class TestArguments:
             (["--method", "magic"], "--method: expected one of levi, levi-last-tap, taps-only, linear-probe"),
             (["--method", "linear-probe", "--taps", "all"], "--taps: --method linear-probe reads the last layer"),
             (["--method", "head2toe", "--no-precompute"], "--no-precompute: --method head2toe selects among"),
+            (["--method", "lora", "--backbone-training", "full"], "--backbone-training full: --method lora is lora"),
+            (["--method", "lp-ft", "--backbone-dtype", "int8", "--device", "cpu"], "int8: cannot be trained (full)"),
             (["--method", "output-ensemble", "--task-model", "none"], "--method output-ensemble needs a task model"),
             (["--method", "task-model", "--task-model", "none"], "--method task-model needs a task model"),
             (["--task-model", "tabular"], "--task-model tabular needs --numeric-column or --categorical-column"),

@@ -90,9 +90,10 @@ class TestTrain:
         found = metrics(tmp_path / "model")
         assert found["method"] == method
         config = json.loads((tmp_path / "model" / "config.json").read_text())
-        last = {"linear-probe": [2], "levi-last-tap": [2], "output-ensemble": [2], "task-model": None}
-        assert config["tap_layers"] == last.get(method, [0, 1, 2])
-        has_view = method in ("levi-last-tap", "output-ensemble", "task-model")
+        kind = METHODS[method]
+        layers = {"last": [2], "none": None}.get(kind.fields.get("taps", "all"), [0, 1, 2])
+        assert config["tap_layers"] == layers
+        has_view = kind.needs_view
         assert (config["task_model"] is None) == (not has_view)
         if not has_view or method == "task-model":
             assert found["blend"] == 0.0

@@ -18,6 +18,7 @@ from levi_fast.modeling import LeviModel
 from levi_fast.report.tables import METHOD_TITLES
 from levi_fast.training.feature_selection import relevance
 from levi_fast.training.fit import TrainingOptions
+from levi_fast.training.interpolation import ALPHAS
 from levi_fast.training.methods import METHODS, canonical, find_method, method_config
 from levi_fast.training.prediction import predict
 from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
@@ -50,7 +51,8 @@ def run(method: str, kind: str, backbone: torch.nn.Module, *, epochs: int = 15) 
     config = LeviConfig(task_model=TEXT, hidden_width=8, **KINDS[kind])
     splits = Splits(dataset(kind, 0), dataset(kind, 1, 32), dataset(kind, 2, 64), {"new": dataset(kind, 3, 32)})
     bank = TapBank.build(backbone, config, splits)
-    options = TrainingOptions(epochs=epochs, batch_size=16, learning_rate=1e-2)
+    rate = 1e-2 if find_method(method).trains_backbone else None
+    options = TrainingOptions(epochs=epochs, batch_size=16, learning_rate=1e-2, backbone_learning_rate=rate)
     return run_method(method, config, splits, options, backbone=backbone, bank=bank), splits
 
 
@@ -72,7 +74,10 @@ def test_learns_and_comes_back_as_it_was(
         assert result.id["accuracy" if kind == "classes" else "subset_accuracy"] > 0.75  # chance: 0.5
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     trained = {name for name, parameter in result.model.named_parameters() if parameter.requires_grad}
-    assert trained and not any(name.startswith("backbone.") for name in trained)
+    inside = {name for name in trained if name.startswith("backbone.")}
+    assert bool(inside) == METHODS[method].trains_backbone and trained - inside
+    if "lora" in method:
+        assert all(".lora_" in name for name in inside)
     result.model.save_pretrained(tmp_path / "model")
     again = LeviModel.from_pretrained(tmp_path / "model")
     assert splits.test is not None
@@ -88,6 +93,10 @@ def test_trained_parameters_are_those_of_the_method(backbone: torch.nn.Module) -
     assert sizes["taps-only"] == 3 * (16 * 8 + 8 + 8 * 2 + 2)
     assert sizes["head2toe"] < 48 * 2 + 2
     assert sizes["levi-last-tap"] > view + 16 * 8 and sizes["levi-last-tap"] < sizes["levi"]
+    whole = sum(parameter.numel() for parameter in backbone.parameters())
+    assert {sizes[m] for m in ("fine-tuning", "lp-ft", "wise-ft")} == {whole + sizes["linear-probe"]}
+    assert sizes["levi-fine-tuned"] == whole + sizes["levi"]
+    assert sizes["levi-lora"] - sizes["levi"] == sizes["lora"] - sizes["linear-probe"] < whole / 2
     assert sizes["output-ensemble"] == sizes["linear-probe"] + sizes["task-model"]
 
 
@@ -99,7 +108,7 @@ def test_every_method_has_a_title_and_a_source() -> None:
 def test_aliases_and_unknown_names() -> None:
     assert canonical("levi-no-view") == "taps-only"
     assert find_method("levi-no-view") is METHODS["taps-only"]
-    with pytest.raises(DataError, match=r"expected one of levi, .*task-model, got 'magic'"):
+    with pytest.raises(DataError, match=r"expected one of levi, .*levi-lora, got 'magic'"):
         find_method("magic")
 
 
@@ -125,6 +134,35 @@ class TestHead2Toe:
         config = LeviConfig(task_model=TEXT, **KINDS["classes"])
         with pytest.raises(DataError, match="leave out --no-precompute"):
             run_method("head2toe", config, splits, TrainingOptions(epochs=1), backbone=backbone, bank=None)
+
+
+class TestStartingFromAProbe:
+    def test_lp_ft_starts_at_the_probe(self, backbone: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        from levi_fast.training import runs
+
+        started: list[dict[str, torch.Tensor]] = []
+        original = runs.fit
+
+        def watched(model: LeviModel, *arguments: Any, **keywords: Any) -> Any:
+            started.append({name: value.detach().clone() for name, value in model.ensemble.state_dict().items()})
+            result = original(model, *arguments, **keywords)
+            started.append({name: value.detach().clone() for name, value in model.ensemble.state_dict().items()})
+            return result
+
+        monkeypatch.setattr(runs, "fit", watched)
+        run("lp-ft", "classes", backbone, epochs=2)
+        _, after_probe, before_tuning, after_tuning = started
+        assert all(torch.equal(after_probe[name], before_tuning[name]) for name in after_probe)
+        assert any(not torch.equal(before_tuning[name], after_tuning[name]) for name in after_tuning)
+
+    def test_wise_ft_lies_between_probe_and_fine_tuned(self, backbone: torch.nn.Module) -> None:
+        tuned, _ = run("lp-ft", "classes", backbone, epochs=3)
+        mixed, _ = run("wise-ft", "classes", backbone, epochs=3)
+        alpha = mixed.choices["alpha"]
+        assert alpha in ALPHAS
+        name = "encoder.layer.0.attention.self.query.weight"
+        start, end = backbone.state_dict()[name], tuned.model.state_dict()[f"backbone.{name}"]
+        torch.testing.assert_close(mixed.model.state_dict()[f"backbone.{name}"], torch.lerp(start, end, alpha))
 
 
 class TestOutputEnsemble:
