@@ -173,7 +173,6 @@ class TestArguments:
             (["--backbone", "./nowhere"], "'./nowhere'"),
             (["--backbone-dtype", "int4"], "--backbone-dtype: expected one of float32, bfloat16, int8, got 'int4'"),
             (["--loop", "fast"], "--loop: expected one of auto, trainer, lean, got 'fast'"),
-            (["--loop", "lean", "--no-precompute"], "--loop lean: trains on precomputed taps"),
         ],
     )
     def test_refused_with_the_reason(
