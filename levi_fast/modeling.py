@@ -25,6 +25,7 @@ from levi_fast.backbone_training import (
 )
 from levi_fast.backbones import BackboneRecord, backbone_name, fingerprint, load_backbone
 from levi_fast.config import LeviConfig
+from levi_fast.config_checks import check_levi_config, read_json
 from levi_fast.errors import BackboneMismatchError, DataError
 from levi_fast.heads import build_head
 from levi_fast.model_folder import (
@@ -32,6 +33,7 @@ from levi_fast.model_folder import (
     HUB_ARGUMENTS,
     IGNORED_ARGUMENTS,
     as_dtype,
+    check_weights,
     located_name,
     model_files,
     portable_name,
@@ -342,7 +344,12 @@ class LeviModel(PreTrainedModel):
                 "loaded by itself and passed as backbone="
             )
         config_path, weights_path = model_files(str(pretrained_model_name_or_path), hub)
-        config = config if config is not None else LeviConfig.from_pretrained(config_path.parent)
+        if config is None:
+            check_levi_config(read_json(config_path), str(config_path))
+            config = LeviConfig.from_pretrained(config_path.parent)
+        if config.tap_widths is not None:
+            probe = copy.deepcopy(config)
+            check_weights(weights_path, lambda: cls(probe, None, task_model).state_dict())
         if backbone is None and not load_backbone_weights and config.backbone_training != "frozen":
             raise ValueError(
                 f"load_backbone_weights: expected True, as backbone_training was {config.backbone_training!r}"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from levi_fast.config_checks import read_json
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.data.labels import LabelSpace
 from levi_fast.data.tables import Columns, Table
@@ -160,11 +161,21 @@ class TableProcessor:
             raise DataError(
                 f"{directory}: expected a model folder that levi-fast train wrote, but {PROCESSOR_FILE} is missing"
             )
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = read_json(file)
         version = state.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise DataError(f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}")
-        columns = state["columns"]
+        try:
+            return cls._from_state(state)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise DataError(f"{file}: not what levi-fast train writes: {reason}") from error
+
+    @classmethod
+    def _from_state(cls, state: dict[str, Any]) -> TableProcessor:
+        columns, max_length = state["columns"], state["max_length"]
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+            raise ValueError(f"max_length: expected an integer >= 1, got {max_length!r}")
         return cls(
             columns=Columns(
                 text=tuple(columns["text"]),
@@ -173,7 +184,7 @@ class TableProcessor:
                 label=columns["label"],
             ),
             labels=None if state["labels"] is None else LabelSpace.from_json(state["labels"]),
-            max_length=state["max_length"],
+            max_length=max_length,
             numeric_means=tuple(state["numeric_means"]),
             numeric_stds=tuple(state["numeric_stds"]),
             vocabularies=tuple(tuple(vocabulary) for vocabulary in state["vocabularies"]),

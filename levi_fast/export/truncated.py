@@ -1,8 +1,8 @@
 """A backbone that ends at its last tap, as one traceable function of its inputs.
 
 :class:`levi_fast.TapExtractor` ends the forward by an exception, which a tracer cannot follow. Here the layers above
-the last tap, and what stands behind the stack, are replaced in a copy of the structure by modules that compute nothing;
-weights are shared with the original, and those above the last tap are in no artefact.
+the last tap, and what stands behind the stack, are replaced in a copy of the structure by modules that compute
+nothing; weights are shared with the original, and those above the last tap are in no artefact.
 """
 
 from __future__ import annotations
