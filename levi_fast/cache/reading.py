@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,13 @@ class Mapped:
         self._counted = store.mapped and os.path.exists(STATM)  # else sizes decide
         self._baseline = 0
         self._lock = threading.Lock()  # a prefetching thread may read beside the main one
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which opens the files itself."""
+        return {**vars(self), "_open": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def gather(self, place: int, rows: Tensor | slice) -> Tensor:
         """Float32 rows of a shard, ``[n, sum of widths]``, numbered within it; a slice may be a view of the file."""

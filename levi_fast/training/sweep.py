@@ -6,17 +6,18 @@ stacking heads would not make them fewer. A head draws from its own seed and com
 compute, so its figures are that run's, to the last bit where that run has one thread too (a sum that several threads
 share is rounded in another order).
 
-Workers are forked, so that they see the taps without a copy. On a GPU, or where the system cannot fork, the heads
-are trained one after another in this process. Several processes that torchrun started share the heads out; the first
-one ends up with all results.
+Workers map the taps from files, one copy in memory for all of them. They are never forked from this process, whose
+other threads may hold locks that a fork would copy: they come from a server (multiprocessing's "forkserver") that has
+done nothing but imports. On a GPU the heads are trained one after another in this process. Several processes that
+torchrun started share the heads out; the first one ends up with all results.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -40,6 +41,7 @@ from levi_fast.training.fit import TrainingOptions, fit, resolve_device
 from levi_fast.training.metrics import selection_key
 from levi_fast.training.prefetch import resident
 from levi_fast.training.runs import Splits, move, score
+from levi_fast.training.sharing import receive, send
 
 # Called after every head with (heads done, heads in all, the head's result).
 HeadProgress = Callable[[int, int, "HeadResult"], None]
@@ -104,23 +106,25 @@ def train_heads(
     Returns:
         the results in the order of ``heads``; in a process of torchrun's other than the first, those of its share.
 
+    Workers import this program anew: in a script of your own, call this under ``if __name__ == "__main__":``.
+
     Raises:
-        DataError: no heads, two of one name, a head without taps, or a worker that was killed.
+        DataError: no heads, two of one name, a head without taps, a worker that was killed, or no room for the taps
+            in the folder for temporary files.
     """
     _check(heads)
     if workers is None:
         workers = torch.get_num_threads()
     world = World.from_environment()
     mine = heads[world.rank :: world.size]
-    workers = max(1, min(workers, len(mine))) if can_fork(heads) else 1
+    on_cpu = all(resolve_device(head.options.device).type == "cpu" for head in heads)
+    workers = max(1, min(workers, len(mine))) if on_cpu else 1
     results: list[HeadResult | None] = [None] * len(mine)
-    with ExitStack() as stack:
-        for dataset in {id(data): data for head in mine for _, data in head.splits.named()}.values():
-            stack.enter_context(resident(dataset))  # once, before the workers are forked
-        for done, (place, result) in enumerate(_trained(mine, workers), start=1):
-            results[place] = result
-            if on_head is not None:
-                on_head(done, len(mine), result)
+    trained = _trained_here(mine) if workers == 1 else _trained_by_workers(mine, workers)
+    for done, (place, result) in enumerate(trained, start=1):
+        results[place] = result
+        if on_head is not None:
+            on_head(done, len(mine), result)
     own = [result for result in results if result is not None]
     return own if world.size == 1 else _gathered(heads, own, world)
 
@@ -152,9 +156,21 @@ def ranked(results: Sequence[HeadResult]) -> list[HeadResult]:
     return [result for _, result in finished] + [result for result in results if result.fit is None]
 
 
-def can_fork(heads: Sequence[Head]) -> bool:
-    """Whether worker processes can be forked for these heads: on Linux, where all of them train on the CPU."""
-    return sys.platform == "linux" and all(resolve_device(head.options.device).type == "cpu" for head in heads)
+def start_server() -> None:
+    """Start what workers come from, without waiting: its imports take seconds, in which other things can be done."""
+    if _START_METHOD != "forkserver":
+        return
+    multiprocessing.set_forkserver_preload([__name__])
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))  # libraries that would start threads at import
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _check(heads: Sequence[Head]) -> None:
@@ -170,40 +186,53 @@ def _check(heads: Sequence[Head]) -> None:
                     raise DataError(f"head {head.name!r}: its {split} split has no taps attached")
 
 
-def _trained(heads: Sequence[Head], workers: int) -> Iterator[tuple[int, HeadResult]]:
-    """(place, result) of every head, as they are done."""
-    if workers == 1:
+def _trained_here(heads: Sequence[Head]) -> Iterator[tuple[int, HeadResult]]:
+    """(place, result) of every head, one after another."""
+    with ExitStack() as stack:
+        for dataset in {id(data): data for head in heads for _, data in head.splits.named()}.values():
+            stack.enter_context(resident(dataset))
         for place, head in enumerate(heads):
             yield place, _train(head)
-        return
-    global _inherited
+
+
+def _trained_by_workers(heads: Sequence[Head], workers: int) -> Iterator[tuple[int, HeadResult]]:
+    """(place, result) of every head, as they are done."""
+    start_server()
+    context = multiprocessing.get_context(_START_METHOD)
     with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
-        _inherited = heads
         try:
-            context = multiprocessing.get_context("fork")
-            with ProcessPoolExecutor(workers, context, _use_one_thread) as pool:
-                # The longest first, so that no core ends up waiting for one late head.
-                order = sorted(range(len(heads)), key=lambda place: -_steps(heads[place]))
-                waiting = {pool.submit(_train_in_worker, place, folder): place for place in order}
-                try:
-                    for future in as_completed(waiting):
-                        future.result()
-                        place = waiting[future]
-                        yield place, _read(heads[place], Path(folder), place)
-                except BrokenProcessPool as error:
-                    raise DataError("a worker process was killed, perhaps for memory; try fewer workers") from error
-                finally:
-                    pool.shutdown(cancel_futures=True)
-        finally:
-            _inherited = ()
+            content = send(list(heads), folder)
+        except OSError as error:
+            raise DataError(f"heads: no room to share their taps ({error}); TMPDIR names another folder") from error
+        with ProcessPoolExecutor(workers, context, _become_worker, (content,)) as pool:
+            # The longest first, so that no core ends up waiting for one late head.
+            order = sorted(range(len(heads)), key=lambda place: -_steps(heads[place]))
+            waiting = {pool.submit(_train_in_worker, place, folder): place for place in order}
+            try:
+                for future in as_completed(waiting):
+                    future.result()
+                    place = waiting[future]
+                    yield place, _read(heads[place], Path(folder), place)
+            except BrokenProcessPool as error:
+                raise DataError("a worker process was killed, perhaps for memory; try fewer workers") from error
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
-# What forked workers find in the memory they inherit.
-_inherited: Sequence[Head] = ()
+_START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# torchrun's: a worker is no rank.
+_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+# In a worker, what it was sent.
+_heads: Sequence[Head] = ()
 
 
-def _use_one_thread() -> None:
+def _become_worker(content: bytes) -> None:
+    global _heads
+    for name in _RANK:
+        os.environ.pop(name, None)
     torch.set_num_threads(1)
+    _heads = receive(content)
 
 
 def _steps(head: Head) -> int:
@@ -228,7 +257,7 @@ def _train(head: Head) -> HeadResult:
 
 def _train_in_worker(place: int, folder: str) -> None:
     """Train a head and leave its result in files: weights for many heads would be much for a pipe."""
-    result = _train(_inherited[place])
+    result = _train(_heads[place])
     save_file(result.weights, os.path.join(folder, f"{place}.safetensors"))
     fitted = None if result.fit is None else asdict(result.fit)
     document = {"fit": fitted, "id": result.id, "ood": result.ood, "error": result.error}

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import set_seed
 
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel
-from levi_fast.training import sweep
+from levi_fast.training import prefetch
 from levi_fast.training.fit import TrainingOptions, fit
 from levi_fast.training.prediction import predict
 from levi_fast.training.runs import Splits, score
+from levi_fast.training.sharing import receive, send
 from levi_fast.training.sweep import Head, HeadResult, ranked, train_heads
 
 Tasks = Callable[..., Any]
@@ -116,7 +120,7 @@ def test_ranking_is_by_validation_and_a_diverged_head_comes_last(cached_task: Ta
         order[-1].model()
 
 
-def test_training_before_the_fork_does_no_harm(cached_task: Tasks) -> None:
+def test_training_before_the_workers_start_does_no_harm(cached_task: Tasks) -> None:
     torch.set_num_threads(2)
     task = cached_task()
     fit(task.model(), task.train, task.validation, TrainingOptions(epochs=1), loop="lean")
@@ -125,10 +129,51 @@ def test_training_before_the_fork_does_no_harm(cached_task: Tasks) -> None:
         assert_equals_its_own_run(result)
 
 
-def test_a_killed_worker_is_an_error_that_says_so(cached_task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "_train", lambda head: os.kill(os.getpid(), signal.SIGKILL))
+def workers_of_this_process() -> list[psutil.Process]:
+    return [worker for child in psutil.Process().children() for worker in child.children()]
+
+
+def test_a_killed_worker_is_an_error_that_says_so(cached_task: Tasks) -> None:
+    def kill(*_: Any) -> None:
+        workers_of_this_process()[0].send_signal(signal.SIGKILL)
+
+    heads = make_heads(cached_task(), 6)
+    heads[1:] = [replace(head, options=replace(head.options, epochs=300)) for head in heads[1:]]
+    heads[0] = replace(heads[0], options=replace(heads[0].options, epochs=301, learning_rate=1e38))
+    timer = threading.Timer(20, kill)  # should no head ever end
     with pytest.raises(DataError, match="a worker process was killed"):
-        train_heads(make_heads(cached_task(), 3), workers=2)
+        train_heads(heads, workers=2, on_head=kill)
+    timer.cancel()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are looked up in /proc")
+def test_workers_are_forked_from_a_process_that_runs_no_threads(cached_task: Tasks) -> None:
+    """A fork of this one would copy the locks that its other threads hold, with nobody to let them go."""
+    seen: list[tuple[int, list[str]]] = []
+
+    def look(*_: Any) -> None:
+        (server,) = [child for child in psutil.Process().children() if child.children()]
+        threads = [path.read_text().strip() for path in Path(f"/proc/{server.pid}/task").glob("*/comm")]
+        seen.append((psutil.Process().num_threads(), threads))
+
+    train_heads(make_heads(cached_task(), 4), workers=2, on_head=look)
+    here, threads = seen[0]
+    # jemalloc, which comes with pyarrow, keeps a thread, and guards its locks over a fork
+    assert here > 1 and len([name for name in threads if name != "jemalloc_bg_thd"]) == 1
+
+
+def test_the_taps_are_mapped_by_the_workers_not_sent(cached_task: Tasks, tmp_path: Path) -> None:
+    task = cached_task(count=2000)
+    splits = Splits(task.train, task.validation, ood={"again": task.train})
+    content = send([splits, splits], tmp_path)
+    assert len(content) < 20_000 < task.train.taps().nbytes
+    one, other = receive(content)
+    assert one is other and one.train is one.ood["again"]
+    assert torch.equal(one.train.taps(), task.train.taps()) and not prefetch._is_on_disk(one.train.tap_source())
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    one.train.tap_source().zero_()  # stays in this process
+    assert torch.equal(receive(content)[0].train.taps(), task.train.taps())
+    assert size < 1.5 * task.train.taps().nbytes  # once, though three data sets name them
 
 
 def test_what_cannot_be_trained_is_refused(cached_task: Tasks) -> None:
