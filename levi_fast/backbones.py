@@ -275,7 +275,7 @@ def fingerprint(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: int)
 
 def _prefixes_after(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: int) -> tuple[str, ...]:
     """State-dict prefixes of what runs after the last tap, by order of registration along the path to the layers."""
-    path = stack_path(backbone, layers)
+    path = stack_path(backbone, [layers[last_tap]])  # an encoder-decoder has two stacks
     prefixes = []
     parent, prefix = backbone, ""
     for part in filter(None, path.split(".")):

@@ -77,6 +77,15 @@ def train(
     split: SplitOption = "genres",
     backbone: BackboneOption = None,
     backbone_dtype: BackboneDtypeOption = None,
+    backbone_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an encoder-decoder: encoder, decoder or encoder+decoder. Else the dotted name of the list of "
+            "layers, where it cannot be found.",
+            show_default="encoder",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     backbone_training: Annotated[
         str,
         typer.Option(
@@ -231,6 +240,8 @@ def train(
         "view_dropout": view_dropout,
         "backbone_training": backbone_training,
     }
+    if backbone_layers is not None:
+        model_fields["backbone_layers"] = backbone_layers
     if taps is not None:
         model_fields["taps"] = parse_taps(taps)
     weight = parse_blend(blend)

@@ -29,7 +29,9 @@ class LeviConfig(PreTrainedConfig):
             backbone as far as the last tap).
         lora: settings of "lora": "r", "lora_alpha", "lora_dropout", "target_modules" (names of linear layers; None is
             peft's choice for the architecture), see :data:`levi_fast.backbone_training.LORA`.
-        backbone_layers: dotted name of the backbone's module list of layers, where it cannot be found by itself.
+        backbone_layers: dotted name of the backbone's module list of layers, where it cannot be found by itself; of
+            an encoder-decoder also "encoder" (the default), "decoder" or "encoder+decoder", see
+            :class:`levi_fast.TapExtractor`.
         taps: "all", "last", "even:k", a list of layer indices (0 is the first layer's output, negatives count
             from the end), or "none": no backbone, the task model alone.
         tap_layers, tap_widths: what ``taps`` resolved to, and the widths D_l; set by ``get_levi_model``.

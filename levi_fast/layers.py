@@ -5,7 +5,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
+
+# Of an encoder-decoder: which stacks of layers are tapped.
+STACKS = ("encoder", "decoder", "encoder+decoder")
+
+
+def find_stacks(backbone: nn.Module, stack: str | None = None) -> tuple[nn.Module, list[nn.Module], int | None]:
+    """What is to be run, its layers, and the index among these of the decoder's first one (None: there is none).
+
+    Args:
+        backbone: of an encoder-decoder the encoder alone is run, unless ``stack`` says otherwise.
+        stack: one of :data:`STACKS`, or a dotted name for :func:`find_layers`.
+
+    Raises:
+        ValueError: a stack that the backbone does not have, or layers that cannot be found.
+    """
+    whole = _encoder_decoder(backbone)
+    if whole is None and stack in STACKS and not hasattr(backbone, str(stack)):
+        raise ValueError(f"layers: {type(backbone).__name__} is no encoder-decoder, and has no {stack!r}")
+    if whole is None:
+        return backbone, find_layers(backbone, stack), None
+    if stack not in ("decoder", "encoder+decoder"):
+        encoder = whole.get_encoder()
+        return encoder, find_layers(encoder, None if stack == "encoder" else stack), None
+    encoders = find_layers(whole.get_encoder()) if stack == "encoder+decoder" else []
+    return whole, encoders + find_layers(whole.get_decoder()), len(encoders)
+
+
+def with_decoder_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of an encoder-decoder with the decoder's own: the text behind a start token, without its last token.
+
+    Args:
+        model: its config names the start token.
+        inputs: ``input_ids`` [B, T] and perhaps ``attention_mask`` [B, T]; given ``decoder_input_ids`` are kept.
+
+    Raises:
+        ValueError: no start token, or no ``input_ids`` to make the decoder's from.
+    """
+    if inputs.get("decoder_input_ids") is not None:
+        return inputs
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if ids is None or start is None:
+        raise ValueError(
+            "decoder_input_ids: expected some, as there are no input_ids to make them from, or the config has no "
+            "decoder_start_token_id"
+        )
+    shifted = {"decoder_input_ids": torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)}
+    if mask is not None:
+        shifted["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+    return {**inputs, **shifted}
+
+
+def _encoder_decoder(backbone: nn.Module) -> Any:
+    """The module that holds encoder and decoder, or None."""
+    if not getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
+        return None
+    for candidate in (backbone, getattr(backbone, getattr(backbone, "base_model_prefix", ""), None)):
+        if isinstance(candidate, nn.Module) and hasattr(candidate, "decoder") and hasattr(candidate, "encoder"):
+            return candidate
+    return None
 
 
 def find_layers(backbone: nn.Module, path: str | None = None) -> list[nn.Module]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from levi_fast.functional import masked_mean_pool, masked_mean_pool_into
-from levi_fast.layers import find_layers
+from levi_fast.layers import find_stacks, with_decoder_inputs
 from levi_fast.selection import resolve_taps
 
 Pooling = Literal["mean", "cls", "last"]
@@ -37,12 +37,15 @@ class TapExtractor:
 
     Args:
         backbone: a transformers model, or any module whose layers stand in one ``nn.ModuleList``. Of an
-            encoder-decoder, the encoder is tapped.
+            encoder-decoder, the encoder is tapped unless ``layers`` says otherwise.
         taps: which layers' outputs: "all", "last", "even:k" (k layers spread evenly, the last one included),
             or indices counted from 0 at the first layer, negative ones from the end.
         pooling: over the tokens that the attention mask keeps: "mean", "cls" (the first of them) or "last"
             (the last of them). Without a mask all tokens count.
-        layers: dotted name of the ``nn.ModuleList`` of layers, for a backbone where it cannot be found.
+        layers: dotted name of the ``nn.ModuleList`` of layers, for a backbone where it cannot be found; of an
+            encoder-decoder "encoder" (the default), "decoder", or "encoder+decoder", whose layers are counted on from
+            the encoder's. The decoder reads the same tokens, moved one place on behind its start token, as T5 and
+            BART do for classification, unless ``decoder_input_ids`` are given.
         trained: the backbone, or adapters inside it, are trained.
 
     Attributes:
@@ -67,8 +70,7 @@ class TapExtractor:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.backbone = backbone
         self.pooling = pooling
-        self.runner = _encoder_of(backbone)
-        self.blocks = find_layers(self.runner, layers)
+        self.runner, self.blocks, self._first_decoder_block = find_stacks(backbone, layers)
         self.layers = resolve_taps(taps, len(self.blocks))
         self._accepted = _accepted_arguments(self.runner)
         self.trained = trained
@@ -108,13 +110,19 @@ class TapExtractor:
         mask = inputs.get("attention_mask")
         _check_mask(mask)
         arguments = dict(inputs)
+        decoder_mask = mask
+        if self._first_decoder_block is not None:
+            arguments = with_decoder_inputs(self.runner, arguments)
+            decoder_mask = arguments.get("decoder_attention_mask")
         for name, value in _KEEP_NOTHING.items():
             if name in self._accepted:
                 arguments[name] = value
         with_gradients = self.trained and torch.is_grad_enabled()
         pooled = _Graph(len(self.layers)) if with_gradients else _Bank(len(self.layers))
         handles = [
-            self.blocks[layer].register_forward_hook(self._make_hook(pooled, position, mask))
+            self.blocks[layer].register_forward_hook(
+                self._make_hook(pooled, position, decoder_mask if self._is_decoders(layer) else mask)
+            )
             for position, layer in enumerate(self.layers)
         ]
         try:
@@ -129,6 +137,9 @@ class TapExtractor:
         if missing:  # e.g. layer drop, or a model that calls its blocks' insides directly
             raise RuntimeError(f"taps: the backbone's forward never ran its layers {missing}")
         return pooled.result()
+
+    def _is_decoders(self, layer: int) -> bool:
+        return self._first_decoder_block is not None and layer >= self._first_decoder_block
 
     def _make_hook(
         self, pooled: _Bank | _Graph, position: int, mask: Tensor | None
@@ -245,17 +256,6 @@ def _check_mask(mask: Tensor | None) -> None:
         empty = ((mask != 0).sum(1) == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"attention_mask: expected at least one token a row, got only padding in rows {empty}")
-
-
-def _encoder_of(backbone: nn.Module) -> nn.Module:
-    """The part to run: the encoder of an encoder-decoder, else the backbone itself."""
-    if getattr(getattr(backbone, "config", None), "is_encoder_decoder", False) and hasattr(backbone, "decoder"):
-        return cast(nn.Module, cast(Any, backbone).get_encoder())
-    if getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
-        base = getattr(backbone, getattr(backbone, "base_model_prefix", ""), None)
-        if isinstance(base, nn.Module) and hasattr(base, "decoder"):
-            return cast(nn.Module, cast(Any, base).get_encoder())
-    return backbone
 
 
 def _accepted_arguments(module: nn.Module) -> frozenset[str]:

@@ -66,3 +66,25 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     status, _, err = levi_fast(*train_arguments, *options)
     assert status == 2 and message in err
+
+
+def test_taps_of_a_decoder_from_the_command_line(
+    levi_fast: Run, train_arguments: list[str], tiny_bert_dir: str, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, T5Config, T5Model
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert_dir)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    T5Model(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    more = ["--backbone", str(tmp_path / "t5"), "--backbone-layers", "encoder+decoder"]
+    status, _, err = levi_fast(*train_arguments, *more)
+    assert status == 0, err
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["tap_layers"] == [0, 1, 2, 3]
+    status, _, err = levi_fast("evaluate", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "new.csv"))
+    assert status == 0, err
+    status, _, err = levi_fast(*train_arguments, *more, "--cache", str(tmp_path / "cache"))
+    assert status == 2 and "--cache: keeps the encoder's taps" in err
