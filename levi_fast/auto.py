@@ -1,8 +1,8 @@
 """Makes transformers' Auto classes find saved LEVI folders once ``levi_fast`` is imported.
 
-``AutoConfig``, ``AutoModel``, ``AutoModelForSequenceClassification`` and ``AutoModelForImageClassification`` learn of
-LEVI whichever of the two packages is imported first, and ``import levi_fast`` alone still loads neither transformers
-nor torch: transformers' registry is told when it is imported.
+``AutoConfig``, ``AutoModel`` and ``AutoModelFor{Sequence,Token,Image}Classification`` learn of LEVI whichever of the
+two packages is imported first, and ``import levi_fast`` alone still loads neither transformers nor torch:
+transformers' registry is told when it is imported.
 """
 
 from __future__ import annotations
@@ -41,12 +41,18 @@ def _register_models() -> None:
         AutoModel,
         AutoModelForImageClassification,
         AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
     )
 
     from levi_fast.config import LeviConfig
     from levi_fast.modeling import LeviModel
 
-    for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForImageClassification):
+    for auto in (
+        AutoModel,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoModelForImageClassification,
+    ):
         auto.register(LeviConfig, LeviModel, exist_ok=True)
 
 

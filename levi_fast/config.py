@@ -38,7 +38,8 @@ class LeviConfig(PreTrainedConfig):
         head: what stands on taps and view: "layerwise" (LEVI), or a baseline's: "concatenated" (one layer on all taps
             side by side, no view) or "output-ensemble" (a linear probe and the task model, outputs averaged).
         selected_features: "concatenated" head: how many features of the taps are read; None reads all.
-        pooling: over tokens: "mean", "cls" (first kept token) or "last" (last kept token).
+        pooling: over tokens: "mean", "cls" (first kept token) or "last" (last kept token); "token" for none: taps,
+            view and logits are per token (token classification), labels [B, T] with -100 where none is wanted.
         hidden_width: H of the adapting layers, or None for linear ones.
         activation: of the adapting layers: "gelu", "relu", "silu" or "tanh".
         normalize: LayerNorm without affine parameters on taps and view.

@@ -45,7 +45,8 @@ from levi_fast.quantization import backbone_dtype
 from levi_fast.reference import blend
 from levi_fast.storage import staged_directory
 from levi_fast.taps import TapExtractor
-from levi_fast.view import keyword_names, task_model_of, view_width_for
+from levi_fast.tokens import by_token, flat_tokens
+from levi_fast.view import keyword_names, task_model_of, token_spec, view_width_for
 from levi_fast.widths import measure_widths
 
 
@@ -55,8 +56,8 @@ class LeviOutput(ModelOutput):
 
     Attributes:
         loss: scalar, where labels were given.
-        logits: [B, C]; in eval mode blended with the zeroed-view prediction by ``config.blend``. For regression
-            in the label's own units.
+        logits: [B, C] ([B, T, C] with ``pooling="token"``, and so on); in eval mode blended with the zeroed-view
+            prediction by ``config.blend``. For regression in the label's own units.
         layer_logits: [L, B, C], each adapting layer's prediction, blended likewise.
         logits_without_view: [B, C], the prediction with the view zeroed; in eval mode, where there is a view.
         logits_with_view: [B, C], the prediction before blending; likewise.
@@ -176,7 +177,8 @@ class LeviModel(PreTrainedModel):
         Every input goes by its name to the backbone, to the task model, or to both.
 
         Args:
-            labels: [B] int64 classes, [B, C] floats (multi-label), or [B] / [B, C] floats (regression).
+            labels: [B] int64 classes, [B, C] floats (multi-label), or [B] / [B, C] floats (regression); with
+                ``pooling="token"`` [B, T] int64 classes, -100 where a token has none.
             taps: [B, sum_l D_l], precomputed (see :meth:`extract_taps`): the backbone is not run.
             return_dict: False for a plain tuple.
 
@@ -203,6 +205,9 @@ class LeviModel(PreTrainedModel):
         if self.task_model is not None:
             arguments = given if self._task_takes_all else {k: v for k, v in given.items() if k in self._task_inputs}
             view = self.task_model(**arguments)
+        shape = None  # [B, T] where every token is an example
+        if self.config.pooling == "token":
+            shape, view, labels = flat_tokens(given, view, labels)
         layer_taps = self._taps(given, taps, view)
         asks_zeroed = view is not None and not self.training and any(self.ensemble.tap_widths)
         output: EnsembleOutput = self.ensemble(layer_taps, view, zeroed_view=asks_zeroed)
@@ -212,6 +217,8 @@ class LeviModel(PreTrainedModel):
         if labels is None and self.training and torch.is_grad_enabled() and self.config.objective != "ensemble":
             _warn_of_other_objective()
         loss = None if labels is None else self.loss(output, labels)
+        if shape is not None:
+            output, with_view = by_token(output, shape), with_view.unflatten(-2, shape)
         result = LeviOutput(
             loss=cast(Any, loss),
             logits=self._in_label_units(output.logits),
@@ -378,6 +385,8 @@ class LeviModel(PreTrainedModel):
             if view is None:
                 raise ValueError("view: expected a task model, as taps='none' leaves nothing else")
             return [view.new_empty(view.shape[0], 0)]
+        if taps is not None and self.config.pooling == "token":
+            raise ValueError("taps: pooling='token' takes none that are precomputed")
         if taps is not None and self.training and self.config.backbone_training != "frozen":
             raise ValueError(
                 f"taps: precomputed ones would leave the backbone as it is, and backbone_training is "
@@ -439,6 +448,7 @@ def get_levi_model(
         config.task_model = dict(getattr(task_model, "spec", None) or {"type": "custom"})
         config.view_width = view_width_for(task_model, config.view_width)
     elif config.task_model is not None:
+        config.task_model = token_spec(config.task_model, config.pooling)
         task_model = cast(nn.Module, task_model_of(config))
         # With every default written out, so that a later release's other defaults do not change a saved model.
         config.task_model = dict(getattr(task_model, "spec", config.task_model))

@@ -17,8 +17,8 @@ from levi_fast.functional import masked_mean_pool, masked_mean_pool_into
 from levi_fast.layers import find_stacks, with_decoder_inputs
 from levi_fast.selection import resolve_taps
 
-Pooling = Literal["mean", "cls", "last"]
-POOLINGS: tuple[str, ...] = ("mean", "cls", "last")
+Pooling = Literal["mean", "cls", "last", "token"]
+POOLINGS: tuple[str, ...] = ("mean", "cls", "last", "token")
 
 # Asked of every backbone that has the argument: none of it is used, and each would keep large tensors alive.
 _KEEP_NOTHING = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
@@ -41,7 +41,8 @@ class TapExtractor:
         taps: which layers' outputs: "all", "last", "even:k" (k layers spread evenly, the last one included),
             or indices counted from 0 at the first layer, negative ones from the end.
         pooling: over the tokens that the attention mask keeps: "mean", "cls" (the first of them) or "last"
-            (the last of them). Without a mask all tokens count.
+            (the last of them). Without a mask all tokens count. "token": none at all, every position, padding too, is
+            an example of its own: [L, B * T, D].
         layers: dotted name of the ``nn.ModuleList`` of layers, for a backbone where it cannot be found; of an
             encoder-decoder "encoder" (the default), "decoder", or "encoder+decoder", whose layers are counted on from
             the encoder's. The decoder reads the same tokens, moved one place on behind its start token, as T5 and
@@ -72,6 +73,8 @@ class TapExtractor:
         self.pooling = pooling
         self.runner, self.blocks, self._first_decoder_block = find_stacks(backbone, layers)
         self.layers = resolve_taps(taps, len(self.blocks))
+        if pooling == "token" and self._first_decoder_block is not None:
+            raise ValueError("pooling: 'token' is for one stack of layers; a decoder's tokens are moved by one place")
         self._accepted = _accepted_arguments(self.runner)
         self.trained = trained
         if not trained:
@@ -228,10 +231,10 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     Args:
         hidden: [B, T, D], or [B, D, height, width] (a convolutional stage: every position is a token).
         mask: [B, T], non-zero where a token counts, or None.
-        pooling: "mean", "cls" or "last".
+        pooling: "mean", "cls", "last" or "token".
 
     Returns:
-        [B, D] in ``hidden``'s dtype.
+        [B, D] in ``hidden``'s dtype; [B * T, D] for "token".
 
     Raises:
         ValueError: if the mask's length differs from T.
@@ -239,6 +242,8 @@ def pool(hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     hidden, mask = _tokens(hidden, mask)
     if pooling == "mean":
         return masked_mean_pool(hidden, mask)
+    if pooling == "token":
+        return hidden.flatten(0, 1)
     if mask is None:
         return hidden[:, 0 if pooling == "cls" else -1].clone()  # a clone lets the hidden states go
     kept = (mask != 0).to(torch.int64)

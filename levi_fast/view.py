@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,19 @@ def task_model_of(config: LeviConfig) -> nn.Module | None:
     from levi_fast.task_models import build_task_model
 
     return build_task_model(config.task_model)
+
+
+def token_spec(spec: dict[str, Any], pooling: str) -> dict[str, Any]:
+    """A task model's specification as ``pooling`` needs it: the text model's view is per token with "token".
+
+    Raises:
+        ValueError: a task model that has no view per token.
+    """
+    if pooling != "token":
+        return spec
+    if spec.get("type") != "text":
+        raise ValueError(f"task_model: pooling='token' needs a view per token, which {spec.get('type')!r} has not")
+    return {**spec, "per_token": True}
 
 
 def view_width_for(task_model: nn.Module, configured: int) -> int:

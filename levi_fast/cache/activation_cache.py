@@ -307,6 +307,8 @@ def _job(
         widths = measure_widths(extractor)
     except ValueError as error:  # a tap out of range, layers that cannot be found
         raise DataError(str(error)) from error
+    if extractor.pooling == "token":
+        raise DataError("pooling: a cache holds one row of taps a text, and 'token' has one a token")
     if device is not None:
         extractor.backbone.to(device)
     pad = pad_token_id if pad_token_id is not None else getattr(preprocessor, "pad_token_id", None)

@@ -29,6 +29,7 @@ class TextTaskModel(TaskModel):
             answer.
         dropout: inside the blocks and the perceptron.
         pad_token_id: where no ``attention_mask`` is passed, tokens with this id count as padding.
+        per_token: a view of every token instead of their mean; ``"pooled"`` then sees each token by itself.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -48,6 +49,7 @@ class TextTaskModel(TaskModel):
         token_dropout: float = 0.5,
         dropout: float = 0.1,
         pad_token_id: int | None = None,
+        per_token: bool = False,
     ) -> None:
         super().__init__(
             view_width,
@@ -60,7 +62,11 @@ class TextTaskModel(TaskModel):
             token_dropout=token_dropout,
             dropout=dropout,
             pad_token_id=pad_token_id,
+            **({"per_token": True} if per_token else {}),
         )
+        if not isinstance(per_token, bool):
+            raise ValueError(f"per_token: expected True or False, got {per_token!r}")
+        self.per_token = per_token
         require_int("vocab_size", vocab_size)
         require_int("embedding_dim", embedding_dim)
         if encoder not in ENCODERS:
@@ -97,7 +103,7 @@ class TextTaskModel(TaskModel):
                 default every token that is not ``pad_token_id``.
 
         Returns:
-            ``[B, V]``, finite also for a row that is all padding.
+            ``[B, V]`` (``[B, T, V]`` with ``per_token``), finite also for a row that is all padding.
 
         Raises:
             ValueError: a shape does not fit, or T exceeds ``max_positions`` of the transformer.
@@ -127,6 +133,8 @@ class TextTaskModel(TaskModel):
             for block in self.blocks:
                 hidden = block(hidden, visible)
             hidden = self.final_norm(hidden)
+        if self.per_token:
+            return self.head(hidden * kept[..., None])  # a dropped token is not known by its own embedding either
         return self.head(masked_mean(hidden, kept))
 
 

@@ -72,6 +72,8 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
         reads = "reads the last layer" if method.has_backbone else "reads no layer"
         raise DataError(f"--taps: --method {request.method} {reads}; other layers go with levi or taps-only")
     _check_backbone_dtype(request.backbone_dtype, request.options.device)
+    if request.model.get("pooling") == "token":
+        raise DataError("--pooling: expected mean, cls or last; token classification is for Python, see LeviConfig")
     _check_backbone_training(request)
     _check_cache(request)
     check_loop(request.loop, with_checkpoints=checkpoint_options(request) is not None)
@@ -159,6 +161,10 @@ def _check_cache(request: TrainRequest) -> None:
         return
     if not find_method(request.method).has_backbone:
         raise DataError(f"--cache: --method {request.method} reads no taps")
+    if "backbone_layers" in request.model:
+        raise DataError(
+            "--cache: keeps the encoder's taps; leave out --backbone-layers, or build the cache in Python"
+        )
     if not request.precompute:
         raise DataError("--cache: --no-precompute runs the backbone in every epoch; leave out one of them")
     if "://" not in request.cache and request.output:

@@ -86,5 +86,6 @@ def test_taps_of_a_decoder_from_the_command_line(
     assert json.loads((tmp_path / "model" / "config.json").read_text())["tap_layers"] == [0, 1, 2, 3]
     status, _, err = levi_fast("evaluate", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "new.csv"))
     assert status == 0, err
-    status, _, err = levi_fast(*train_arguments, *more, "--cache", str(tmp_path / "cache"))
+    more += ["--output", str(tmp_path / "cached"), "--cache", str(tmp_path / "cache")]
+    status, _, err = levi_fast(*train_arguments, *more)
     assert status == 2 and "--cache: keeps the encoder's taps" in err
