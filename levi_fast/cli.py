@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from levi_fast.cli_cache import cache_app
+from levi_fast.cli_compare import compare
 from levi_fast.cli_export import export
 from levi_fast.cli_options import (
     DATA,
@@ -55,6 +56,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache")
+app.command()(compare)
 app.command()(export)
 
 

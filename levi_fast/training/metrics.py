@@ -82,15 +82,13 @@ def best_blend(
     chosen = best = max(BLENDS, key=lambda blend: selection_key(scores[blend], problem_type))
     for blend in BLENDS:
         if blend > best:
-            worse = _row_losses(blended[blend], labels, problem_type) - _row_losses(
-                blended[best], labels, problem_type
-            )
+            worse = row_losses(blended[blend], labels, problem_type) - row_losses(blended[best], labels, problem_type)
             if worse.mean() <= worse.std() / math.sqrt(len(worse)):
                 chosen = blend
     return chosen, scores[chosen]
 
 
-def _row_losses(logits: np.ndarray, labels: np.ndarray, problem_type: str) -> np.ndarray:
+def row_losses(logits: np.ndarray, labels: np.ndarray, problem_type: str) -> np.ndarray:
     """What every row adds to the selection metric's error, ``[N]`` (multi-label: to log loss, as F1 has no rows)."""
     logits = np.asarray(logits, dtype=np.float64)
     if problem_type == REGRESSION:

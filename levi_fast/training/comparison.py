@@ -1,0 +1,342 @@
+"""``levi-fast compare``: methods × seeds × data, a finished cell kept on disk, then tables, tests and one page.
+
+A cell is one method trained once: ``cells/DATA/METHOD/seed-N.safetensors`` has its predictions, example by example,
+and ``seed-N.json``, written last, its figures and settings. What was killed goes on with the first that has none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone
+from levi_fast.data.encoded import EncodedDataset
+from levi_fast.errors import DataError
+from levi_fast.report.comparison_page import comparison_page
+from levi_fast.report.console import Console
+from levi_fast.report.metrics_file import versions, write_metrics
+from levi_fast.report.statistics import require_report_libraries
+from levi_fast.report.tables import method_table
+from levi_fast.storage import fsync_directory, write_atomic
+from levi_fast.training.commands import Prepared, build_bank, prepare
+from levi_fast.training.comparison_file import ComparedData, Comparison
+from levi_fast.training.comparison_summary import summarise
+from levi_fast.training.fit import TrainingOptions
+from levi_fast.training.memory import peak_memory
+from levi_fast.training.methods import find_method, method_config
+from levi_fast.training.metrics import SELECTION_METRIC, compute_metrics, selection_key
+from levi_fast.training.request import TrainRequest
+from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
+from levi_fast.training.tasks import TASK_TRAINING
+
+PAGE, DOCUMENT = "comparison.html", "comparison.json"
+BACKBONE_EPOCHS = 3
+_MODEL_SETTINGS = ("taps", "pooling", "hidden_width")
+_REQUEST_SETTINGS = ("backbone", "backbone_dtype", "task_model", "max_length")
+
+
+@dataclass
+class Group:
+    """What the cells of one data set and seed share."""
+
+    prepared: Prepared
+    splits: Splits
+    bank: TapBank | None
+    digest: dict[str, str]
+
+
+def compare(
+    comparison: Comparison, output: str, console: Console, *, cache: str | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Train every cell that is not finished, then write ``comparison.json`` and ``comparison.html``.
+
+    Args:
+        comparison: what to compare.
+        output: the folder; one of an earlier, perhaps interrupted, comparison is gone on with.
+        console: where to print.
+        cache: folder for the frozen backbone's taps; by default ``cache`` inside ``output``.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        the content of ``comparison.json``.
+
+    Raises:
+        DataError: data, settings or folder that cannot be used; cells that were trained with other settings.
+        ImportError: matplotlib or statsmodels is not installed.
+    """
+    require_report_libraries()
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--output: expected a folder, but {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "cells").is_dir():
+        raise DataError(
+            f"--output: expected a new folder or one of an earlier comparison, but {folder} has other files"
+        )
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    cells = [(d, seed, m) for d in comparison.data for seed in comparison.seeds for m in comparison.methods]
+    for data, seed, method in cells:
+        _check_settings(folder, comparison, data, seed, method, device)
+    backbones: dict[str, nn.Module] = {}
+    with console.progress("cells") as report:
+        done = 0
+        for data in comparison.data:
+            for seed in comparison.seeds:
+                missing = [m for m in comparison.methods if not _cell(folder, data, m, seed).is_file()]
+                done += len(comparison.methods) - len(missing)
+                report(done, len(cells))
+                group = _prepare(comparison, data, seed, missing, folder, cache, device, console) if missing else None
+                for method in missing:
+                    assert group is not None
+                    figures = _run_cell(comparison, data, seed, method, group, folder, device, backbones)
+                    done += 1
+                    report(done, len(cells))
+                    console.note(f"{done} of {len(cells)}: {data.name}, seed {seed}, {method}: {_brief(figures)}")
+    document = {
+        **summarise(folder / "cells", [d.name for d in comparison.data], comparison.methods, comparison.seeds),
+        "settings": dict(comparison.settings),
+        "versions": versions(),
+    }
+    write_metrics(folder / DOCUMENT, document)
+    write_atomic(folder / PAGE, comparison_page(document))
+    for name, found in document["data"].items():
+        means = {m: {s: v["mean"] for s, v in row["scores"].items()} for m, row in found["methods"].items()}
+        title = f"{name}: means over {len(comparison.seeds)} seeds"
+        console.table(method_table(title, found["metric"], found["splits"], means, {}))
+    console.note(f"wrote {folder / PAGE} and {folder / DOCUMENT}")
+    return document
+
+
+def _cell(folder: Path, data: ComparedData, method: str, seed: int) -> Path:
+    return folder / "cells" / data.name / method / f"seed-{seed}.json"
+
+
+def _settings(comparison: Comparison, data: ComparedData, seed: int, method: str, device: str) -> dict[str, Any]:
+    """All that a cell's figures depend on, the data's content aside."""
+    shared = comparison.settings
+    source = {k: asdict(v) if hasattr(v, "__dataclass_fields__") else v for k, v in data.fields.items()}
+    names = ("max_train_rows", "max_eval_rows", *_MODEL_SETTINGS, *_REQUEST_SETTINGS)
+    settings = {
+        "data": source,
+        **{name: shared.get(name) for name in names},
+        "training": [asdict(o) for o in _options(comparison, data, seed, method, device)],
+    }
+    return dict(json.loads(json.dumps(settings)))
+
+
+def _check_settings(
+    folder: Path, comparison: Comparison, data: ComparedData, seed: int, method: str, device: str
+) -> None:
+    file = _cell(folder, data, method, seed)
+    if not file.is_file():
+        return
+    had = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    wanted = _settings(comparison, data, seed, method, device)
+    changed = [f"{k}: {had.get(k)!r} there, {wanted.get(k)!r} now" for k in wanted if had.get(k) != wanted.get(k)]
+    if changed:
+        raise DataError(
+            f"--output: {file} was trained with other settings: {'; '.join(changed)}. Name another folder, or remove "
+            f"the cells that are to be trained anew"
+        )
+
+
+def _options(
+    comparison: Comparison, data: ComparedData, seed: int, method: str, device: str
+) -> list[TrainingOptions]:
+    """The schedules among which a cell chooses: one per learning rate."""
+    shared = comparison.settings
+    plan: dict[str, Any] = {**TASK_TRAINING.get(data.task_name or "", {})}
+    plan.update({k: shared[k] for k in ("epochs", "batch_size") if shared.get(k) is not None})
+    if find_method(method).trains_backbone:
+        plan["epochs"] = shared.get("backbone_epochs") or BACKBONE_EPOCHS
+    rates = shared.get("learning_rates") or [TrainingOptions.learning_rate]
+    return [TrainingOptions(**plan, learning_rate=rate, seed=seed, device=device) for rate in rates]
+
+
+def _prepare(
+    comparison: Comparison,
+    data: ComparedData,
+    seed: int,
+    methods: list[str],
+    folder: Path,
+    cache: str | None,
+    device: str,
+    console: Console,
+) -> Group:
+    shared = comparison.settings
+    with_backbone = [m for m in methods if find_method(m).has_backbone]
+    # another seed may draw other rows, of which one cache would not know
+    drawn = data.task_name is not None or (bool(shared.get("max_train_rows")) and not data.has_own_validation)
+    place = Path(cache) if cache is not None else folder / "cache"
+    model = {key: shared[key] for key in _MODEL_SETTINGS if shared.get(key) is not None}
+    request = TrainRequest(
+        output="",
+        **data.fields,
+        **{key: shared[key] for key in _REQUEST_SETTINGS if shared.get(key) is not None},
+        method="taps-only" if with_backbone else "task-model",
+        cache=str(place / (f"{data.name}-seed-{seed}" if drawn else data.name)) if with_backbone else None,
+        model=model,
+        options=TrainingOptions(seed=seed, device=device),
+    )
+    place.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(request, console)
+    for method in methods:
+        method_config(method, prepared.config)  # refuses a method without what it needs, before any is trained
+    train_rows, other_rows = shared.get("max_train_rows"), shared.get("max_eval_rows")
+    splits = Splits(
+        _drawn(prepared.splits.train, train_rows),
+        _drawn(prepared.splits.validation, other_rows),
+        None if prepared.splits.test is None else _drawn(prepared.splits.test, other_rows),
+        {name: _drawn(dataset, other_rows) for name, dataset in prepared.splits.ood.items()},
+    )
+    prepared.splits = splits
+    try:
+        bank = build_bank(request, prepared, console) if with_backbone else None
+    except ValueError as error:  # a tap out of range, a backbone without layers
+        raise error if isinstance(error, DataError) else DataError(str(error)) from error
+    digest = {name: dataset.content_digest()[:16] for name, dataset in splits.named()}
+    for method in comparison.methods:
+        file = _cell(folder, data, method, seed)
+        if file.is_file():
+            had = json.loads(file.read_text(encoding="utf-8"))["data_digest"]
+            changed = [name for name in digest if had.get(name) != digest[name]]
+            if changed:
+                raise DataError(
+                    f"--output: {file} was trained on other rows ({', '.join(changed)}); name another folder"
+                )
+    return Group(prepared, splits, bank, digest)
+
+
+def _drawn(dataset: EncodedDataset, count: int | None) -> EncodedDataset:
+    """At most ``count`` rows, the same for every seed, in their order."""
+    if count is None or count >= len(dataset):
+        return dataset
+    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    return dataset.subset(rows.tolist(), dataset.name)
+
+
+def _run_cell(
+    comparison: Comparison,
+    data: ComparedData,
+    seed: int,
+    method: str,
+    group: Group,
+    folder: Path,
+    device: str,
+    backbones: dict[str, nn.Module],
+) -> dict[str, Any]:
+    """Train a cell and write its two files."""
+    name = comparison.settings.get("backbone") or DEFAULT_BACKBONE
+    backbone: Any = group.prepared.backbone
+    if find_method(method).trains_backbone:
+        if name not in backbones:
+            backbones[name] = load_backbone(name, dtype=comparison.settings.get("backbone_dtype"))
+        backbone = backbones[name]
+    best: MethodResult | None = None
+    rate = 0.0
+    started = time.perf_counter()
+    with peak_memory() as peak:
+        for options in _options(comparison, data, seed, method, device):
+            try:
+                result = run_method(
+                    method,
+                    group.prepared.config,
+                    group.splits,
+                    options,
+                    backbone=backbone,
+                    bank=group.bank,
+                    keep_layers=True,
+                )
+            except ValueError as error:  # training that diverged
+                raise error if isinstance(error, DataError) else DataError(f"{method}: {error}") from error
+            if best is None or _key(result) > _key(best):
+                best, rate = result, options.learning_rate
+    seconds = time.perf_counter() - started
+    assert best is not None
+    figures = _figures(best, group.splits)
+    document = {
+        "method": method,
+        "seed": seed,
+        **figures,
+        "learning_rate": rate,
+        "seconds": round(seconds, 3),
+        "peak_resident_bytes": peak.resident,
+        "peak_cuda_bytes": peak.cuda,
+        "data_digest": group.digest,
+        "settings": _settings(comparison, data, seed, method, device),
+    }
+    file = _cell(folder, data, method, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _write_predictions(file.with_suffix(".safetensors"), best, group.splits)
+    write_metrics(file, document)
+    return document
+
+
+def _key(result: MethodResult) -> tuple[float, float]:
+    return selection_key(result.fit.validation, str(result.model.config.problem_type))
+
+
+def _figures(result: MethodResult, splits: Splits) -> dict[str, Any]:
+    trained, _ = result.model.num_parameters_by_part()
+    problem_type = str(result.model.config.problem_type)
+    metric = SELECTION_METRIC[problem_type]
+    layers = {}
+    for name, dataset in splits.named():
+        found = result.predictions.get(name)
+        if found is None or found.layer_logits is None or len(found.layer_logits) < 2 or dataset.labels is None:
+            continue
+        labels = dataset.labels.numpy()
+        layers[name] = [compute_metrics(logits, labels, problem_type)[metric] for logits in found.layer_logits]
+    per_layer = None
+    if layers and result.model.config.head == "layerwise":
+        per_layer = {
+            "layers": result.model.config.tap_layers,
+            "weights": result.model.ensemble.mix_weights().detach().tolist(),
+            "scores": layers,
+        }
+    return {
+        "problem_type": problem_type,
+        "id_split": splits.id_split,
+        "id": result.id,
+        "ood": result.ood,
+        "validation": result.fit.validation,
+        "best_epoch": result.fit.best_epoch,
+        "blend": result.fit.blend,
+        "choices": result.choices,
+        "trained_parameters": trained,
+        "per_layer": per_layer,
+        "sizes": splits.sizes(),
+    }
+
+
+def _write_predictions(path: Path, result: MethodResult, splits: Splits) -> None:
+    """Logits ``SPLIT/logits`` [N, C] and labels ``SPLIT/labels`` of the scored splits, atomically."""
+    tensors = {}
+    for name, dataset in splits.named():
+        if name in result.predictions and dataset.labels is not None:
+            tensors[f"{name}/logits"] = torch.from_numpy(np.ascontiguousarray(result.predictions[name].logits))
+            tensors[f"{name}/labels"] = dataset.labels.contiguous()
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as stage:
+        staged = Path(stage) / path.name
+        save_file(tensors, staged)
+        with open(staged, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    fsync_directory(path.parent)
+
+
+def _brief(figures: Mapping[str, Any]) -> str:
+    metric = SELECTION_METRIC[figures["problem_type"]]
+    shown = [f"ID {figures['id'][metric]:.4f}"]
+    shown += [f"OOD {name} {scores[metric]:.4f}" for name, scores in figures["ood"].items()]
+    return f"{metric} {', '.join(shown)}; {figures['seconds']:.1f} s"
