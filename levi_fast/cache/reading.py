@@ -114,6 +114,7 @@ class CachedTaps:
         rows: int64 ``[N]``, which entry each row of the data set uses (``[views, N]`` where views > 1).
         layers, widths: of the taps that are in the columns.
         shape: ``(U, sum of widths)``.
+        dtype: what they are stored as: "float32", "bfloat16" or "int8".
     """
 
     def __init__(self, mapped: Mapped, rows: Tensor, digests: Tensor, layers: list[int], wanted: list[int]) -> None:
@@ -121,6 +122,7 @@ class CachedTaps:
         if missing:
             raise ValueError(f"layers: expected some of {layers}, got {missing}")
         self.mapped, self.rows, self.digests, self._all_layers = mapped, rows, digests, layers
+        self.dtype = mapped.dtype
         self.layers = list(wanted)
         widths = dict(zip(layers, mapped.widths, strict=True))
         self.widths = [widths[layer] for layer in wanted]

@@ -103,6 +103,13 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             raise ValueError(f"{self.name}: no taps are attached")
         return self._taps[torch.arange(len(self)) if self._tap_rows is None else self._tap_rows]
 
+    @property
+    def tap_dtype(self) -> str | None:
+        """What the attached taps are stored as, such as "float32" or a cache's "int8"; None without taps."""
+        if self._taps is None:
+            return None
+        return str(getattr(self._taps, "dtype", "float32")).removeprefix("torch.")
+
     def tap_source(self) -> Any:
         """What taps are gathered from, ``[U, sum of tap widths]``: a tensor, or a cache's taps; None without taps."""
         return self._taps

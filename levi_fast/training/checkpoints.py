@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,18 +129,31 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
                 self.note(f"checkpoint {path} is damaged ({error}); looking for the one before it")
                 continue
-            self._check_run(path, content["run"])
+            self._check_run(path, content["run"], {*content["run"], *self.run})
             self.note(f"going on from {path}: epoch {content['epoch'] + 1}, step {content['step']}")
             return TrainingState(content["epoch"], content["step"], tensors, content["scores"])
         return None
+
+    def check(self) -> None:
+        """Compare what is known of the run so far with the newest checkpoint, before anything is computed.
+
+        Raises:
+            DataError: that is of another run.
+        """
+        for path in self._paths():
+            try:
+                with safetensors.safe_open(path, framework="pt") as file:
+                    theirs = json.loads((file.metadata() or {})["content"])["run"]
+            except (OSError, ValueError, KeyError, safetensors.SafetensorError):
+                continue  # newest() names it
+            return self._check_run(path, theirs, self.run)
 
     def _paths(self) -> list[Path]:
         """Newest first."""
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
 
-    def _check_run(self, path: Path, theirs: Mapping[str, Any]) -> None:
-        names = sorted({*theirs, *self.run})
-        different = [name for name in names if theirs.get(name) != self.run.get(name)]
+    def _check_run(self, path: Path, theirs: Mapping[str, Any], names: Collection[str]) -> None:
+        different = [name for name in sorted(names) if theirs.get(name) != self.run.get(name)]
         if different:
             listed = "; ".join(f"{name} was {theirs.get(name)}, is {self.run.get(name)}" for name in different)
             raise DataError(

@@ -28,7 +28,8 @@ from levi_fast.report.model_card import model_card
 from levi_fast.report.tables import split_table
 from levi_fast.storage import write_atomic
 from levi_fast.training.cached import cached_taps
-from levi_fast.training.fit import resolve_device
+from levi_fast.training.checkpoints import Checkpoints
+from levi_fast.training.fit import resolve_device, rows_and_options
 from levi_fast.training.methods import find_method, method_config
 from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.request import TrainRequest, cache_request, checkpoint_options, load_task
@@ -203,6 +204,7 @@ def run_document(result: MethodResult, splits: Splits, seed: int) -> dict[str, A
 
 
 def _run(request: TrainRequest, prepared: Prepared, console: Console) -> MethodResult:
+    _check_checkpoints(request, prepared)
     try:
         method_config(request.method, prepared.config)  # refuses a method without what it needs
         bank = build_bank(request, prepared, console) if request.runs_backbone_once else None
@@ -223,6 +225,17 @@ def _run(request: TrainRequest, prepared: Prepared, console: Console) -> MethodR
         if isinstance(error, DataError):
             raise
         raise DataError(str(error)) from error
+
+
+def _check_checkpoints(request: TrainRequest, prepared: Prepared) -> None:
+    """Refuse checkpoints of other data or options before the backbone runs; :func:`fit` compares the rest."""
+    options = checkpoint_options(request)
+    if options is None:
+        return
+    known = rows_and_options(prepared.splits.train, prepared.splits.validation, request.options)
+    if find_method(request.method).starts_from_probe:
+        del known["option learning_rate"]  # that of its second stage is another
+    Checkpoints(options, known).check()
 
 
 def build_bank(request: TrainRequest, prepared: Prepared, console: Console) -> TapBank | None:

@@ -179,11 +179,19 @@ def _run_of(
     for name, value in sorted(model.state_dict().items()):
         initial.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     return {
-        **{f"option {name}": value for name, value in dataclasses.asdict(options).items()},
+        **rows_and_options(train, validation, options),
         **{f"config {name}": value for name, value in config.items()},
+        "taps": train.tap_dtype,
+        "initial weights": initial.hexdigest()[:16],
+    }
+
+
+def rows_and_options(train: EncodedDataset, validation: EncodedDataset, options: TrainingOptions) -> dict[str, Any]:
+    """The part of what makes a run that is known before a backbone has run."""
+    return {
+        **{f"option {name}": value for name, value in dataclasses.asdict(options).items()},
         "training rows": train.content_digest()[:16],
         "validation rows": validation.content_digest()[:16],
-        "initial weights": initial.hexdigest()[:16],
     }
 
 
@@ -232,6 +240,10 @@ class _Recorder(TrainerCallback):
 
     def __init__(self, best: BestEpoch) -> None:
         self.best = best
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index:  # all were seeded alike, to begin with the same model; their dropout is to differ
+            torch.manual_seed(args.seed + args.process_index)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         reported: dict[str, Any] = kwargs["metrics"]

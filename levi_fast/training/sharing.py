@@ -27,7 +27,7 @@ def send(value: Any, folder: str | Path) -> bytes:
 
     Args:
         value: anything that can be pickled. CPU tensors inside, and a cache's taps where they fit into memory, are
-            written to ``folder``, those that share memory once; taps that do not fit are read from the cache there too.
+            written to ``folder``, those that share memory once; taps that do not fit are read from the cache there.
         folder: has to stay until the receivers end.
 
     Raises:

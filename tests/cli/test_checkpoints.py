@@ -52,6 +52,26 @@ def test_a_killed_command_given_again_ends_with_the_same_files(
     assert not (tmp_path / "kept").exists()
 
 
+def test_checkpoints_of_another_run_are_refused_before_the_backbone_runs(
+    levi_fast: Run, train_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [*train_arguments, "--checkpoints", str(tmp_path / "kept")]
+    monkeypatch.setattr("levi_fast.training.checkpoints.CheckpointOptions.clear", lambda self: None)
+    assert levi_fast(*kept)[0] == 0
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the backbone was run")
+
+    monkeypatch.setattr("levi_fast.training.commands.build_bank", refuse)
+    other = [*kept, "--output", str(tmp_path / "other")]
+    for change, named in (
+        (["--learning-rate", "0.5"], "option learning_rate was 0.001, is 0.5"),
+        (["--train", str(tmp_path / "new.csv")], "training rows was"),
+    ):
+        status, _, err = levi_fast(*other, *change)
+        assert status == 2 and named in " ".join(err.split()), err
+
+
 def test_checkpoints_that_cannot_be_written_are_refused_at_once(
     levi_fast: Run, train_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

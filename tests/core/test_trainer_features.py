@@ -81,6 +81,42 @@ def test_early_stopping_stops(build_backbone: Any, tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_accuracy"] == max(seen)
 
 
+def test_evaluation_gathers_predictions_alone(build_backbone: Any, tmp_path: Path) -> None:
+    """What ``prediction_step`` returns is kept for every row of a data set: no hidden states, no taps."""
+    trainer = trainer_of(build_backbone("bert"), tmp_path, config={"num_labels": 2})
+    batch = collate([trainer.eval_dataset[place] for place in range(5)])
+    loss, logits, labels = trainer.prediction_step(trainer.model.eval(), batch, prediction_loss_only=False)
+    assert loss.ndim == 0 and isinstance(logits, torch.Tensor) and logits.shape == (5, 2)
+    assert torch.equal(labels, batch["labels"])
+    assert trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)[1:] == (None, None)
+
+
+def test_the_best_model_is_loaded_at_the_end(build_backbone: Any, tmp_path: Path) -> None:
+    """A learning rate that is far too high makes a late epoch worse than an early one."""
+    trainer = trainer_of(
+        build_backbone("bert"), tmp_path, max_steps=30, learning_rate=0.3, lr_scheduler_type="constant",
+        eval_strategy="steps", save_strategy="steps", eval_steps=3, save_steps=3, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    seen = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(seen) < seen[-1]
+    assert trainer.evaluate()["eval_loss"] == min(seen)
+
+
+def test_gradients_are_clipped_over_what_is_trained(build_backbone: Any, tmp_path: Path) -> None:
+    norms = {}
+    for limit in (1e-3, 1e9):
+        trainer = trainer_of(
+            build_backbone("bert"), tmp_path, max_steps=1, max_grad_norm=limit, optim="sgd", learning_rate=1.0,
+            weight_decay=0.0, lr_scheduler_type="constant", logging_steps=1,
+        )  # fmt: skip
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        trainer.train()
+        moved = [value - before[name] for name, value in trainer.model.state_dict().items()]
+        norms[limit] = float(torch.cat([change.flatten().float() for change in moved]).norm())
+    assert norms[1e9] > 0.01 and np.isclose(norms[1e-3], 1e-3, rtol=1e-2)
+
+
 def test_batches_grouped_by_length_are_less_padded(build_backbone: Any, tmp_path: Path) -> None:
     def padding(**options: Any) -> int:
         trainer = trainer_of(build_backbone("bert"), tmp_path, per_device_train_batch_size=4, **options)

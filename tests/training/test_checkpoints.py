@@ -167,6 +167,27 @@ def test_a_run_with_other_data_or_another_model_is_refused(cached_task: Tasks, t
         trained(cached_task(dropout=0.3), other)
 
 
+def test_taps_that_are_stored_otherwise_are_refused(cached_task: Tasks, tmp_path: Path) -> None:
+    """An int8 cache gives other taps than a float32 one of the same texts."""
+    trained(cached_task(), tmp_path)
+    task = cached_task()
+    task.train.set_taps(task.train.taps().bfloat16())
+    with pytest.raises(DataError, match="taps was float32, is bfloat16"):
+        trained(task, tmp_path)
+
+
+def test_what_is_known_early_is_compared_early(tmp_path: Path) -> None:
+    options = CheckpointOptions(str(tmp_path / "kept"))
+    Checkpoints(options, {"seed": 1}).check()  # there is none yet
+    Checkpoints(options, {"seed": 1, "taps": "float32"}).save(TrainingState(0, 1, {"a": torch.ones(2)}), 1)
+    Checkpoints(options, {"seed": 1}).check()
+    with pytest.raises(DataError, match="is of another run: seed was 1, is 2"):
+        Checkpoints(options, {"seed": 2}).check()
+    (path,) = (tmp_path / "kept").iterdir()
+    path.write_bytes(b"")
+    Checkpoints(options, {"seed": 2}).check()  # damaged: named when it is to be read
+
+
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"--checkpoints: expected a folder, but .*file is a file"):
