@@ -112,9 +112,9 @@ def test_the_command_line_under_torchrun(command: list[str], tmp_path: Path) -> 
 
 def test_a_sweep_is_spread_over_processes(command: list[str], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text("seed: [1, 2, 3]\n")
-    for ranks in (1, 2):
-        more = ["--sweep", str(sweep), "--output", str(tmp_path / str(ranks)), "--num-threads", "1"]
+    sweep.write_text("seed: [1, 2, 3, 4]\n")
+    for ranks in (1, 2):  # each process has two workers, which are no ranks themselves
+        more = ["--sweep", str(sweep), "--output", str(tmp_path / str(ranks)), "--num-threads", "2"]
         ended = launch([*command, *more], ranks)
         assert ended.returncode == 0, ended.stderr[-3000:]
     one, two = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("1", "2"))
