@@ -158,7 +158,11 @@ def _options(
     plan: dict[str, Any] = {**TASK_TRAINING.get(data.task_name or "", {})}
     plan.update({k: shared[k] for k in ("epochs", "batch_size") if shared.get(k) is not None})
     if find_method(method).trains_backbone:
-        plan["epochs"] = shared.get("backbone_epochs") or BACKBONE_EPOCHS
+        plan.update(epochs=shared.get("backbone_epochs") or BACKBONE_EPOCHS, seed=seed, device=device)
+        return [
+            TrainingOptions(**plan, backbone_learning_rate=rate)
+            for rate in shared.get("backbone_learning_rates") or [None]
+        ]
     rates = shared.get("learning_rates") or [TrainingOptions.learning_rate]
     return [TrainingOptions(**plan, learning_rate=rate, seed=seed, device=device) for rate in rates]
 
@@ -260,7 +264,7 @@ def _run_cell(
             except ValueError as error:  # training that diverged
                 raise error if isinstance(error, DataError) else DataError(f"{method}: {error}") from error
             if best is None or _key(result) > _key(best):
-                best, rate = result, options.learning_rate
+                best, rate = result, options.backbone_learning_rate or options.learning_rate
     seconds = time.perf_counter() - started
     assert best is not None
     figures = _figures(best, group.splits)

@@ -18,6 +18,7 @@
     epochs: 20                      # optional, as are batch_size, learning_rates and the model's settings
     learning_rates: [0.0003, 0.001] # each cell trains with all of them and keeps the best on ID validation
     backbone_epochs: 3              # of methods that train the backbone
+    backbone_learning_rates: [0.00005]  # likewise tried; by default 5e-5, or 5e-4 for LoRA
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ _DATA_KEYS = {
     "label_column", "problem_type", "label_separator", "task_name", "data", "split",
 }  # fmt: skip
 _WHOLE = ("epochs", "backbone_epochs", "batch_size", "max_train_rows", "max_eval_rows", "hidden_width", "max_length")
+_RATES = ("learning_rates", "backbone_learning_rates")
 _KEYS = {
-    "data", "methods", "seeds", "learning_rates", "backbone", "backbone_dtype", "taps", "pooling", "task_model",
+    "data", "methods", "seeds", *_RATES, "backbone", "backbone_dtype", "taps", "pooling", "task_model",
     *_WHOLE,
 }  # fmt: skip
 
@@ -92,13 +94,14 @@ class Comparison:
             value = self.settings.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise DataError(f"{key}: expected a whole number of at least 1, got {value!r}")
-        rates = self.settings.get("learning_rates")
-        if rates is not None and (
-            not isinstance(rates, list)
-            or not rates
-            or not all(isinstance(rate, float) and 0 < rate < float("inf") for rate in rates)
-        ):
-            raise DataError(f"learning_rates: expected a list of positive numbers such as [0.001], got {rates!r}")
+        for key in _RATES:
+            rates = self.settings.get(key)
+            if rates is not None and (
+                not isinstance(rates, list)
+                or not rates
+                or not all(isinstance(rate, float) and 0 < rate < float("inf") for rate in rates)
+            ):
+                raise DataError(f"{key}: expected a list of positive numbers such as [0.001], got {rates!r}")
 
 
 def read_comparison(path: str) -> Comparison:

@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from levi_fast.training.comparison_file import read_comparison
+from levi_fast.training.methods import METHODS as FOUND
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("statsmodels")
 
@@ -148,6 +151,7 @@ learning_rates: [0.01, 0.001]
 backbone: {tiny_bert_dir}
 epochs: 2
 backbone_epochs: 1
+backbone_learning_rates: [0.001]
 """,
         encoding="utf-8",
     )
@@ -156,6 +160,7 @@ backbone_epochs: 1
     data = document(tmp_path / "c")["data"]["stars"]
     assert data["metric"] == "rmse" and data["sizes"]["train"] == 24
     assert data["methods"]["wise-ft"]["chosen"][0]["choices"]["alpha"] in (0.25, 0.5, 0.75)
+    assert data["methods"]["wise-ft"]["chosen"][0]["learning_rate"] == 0.001
     assert data["methods"]["levi"]["chosen"][0]["learning_rate"] in (0.01, 0.001)
     assert data["methods"]["levi"]["scores"]["ID"]["sd"] is None and data["methods"]["levi"]["calibration"] is None
     assert data["methods"]["wise-ft"]["tests"]["ID"]["p_seeds"] is None
@@ -192,6 +197,14 @@ def test_options_beside_a_file_and_folders_of_other_things(
     (tmp_path / "full" / "mine.txt").write_text("x")
     status, _, err = levi_fast(*arguments, "--output", str(tmp_path / "full"))
     assert status == 2 and "has other files" in err
+
+
+@pytest.mark.parametrize("name", ["frozen", "all"])
+def test_the_files_of_the_benchmarks_are_read(name: str) -> None:
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "evidence" / f"{name}.yaml"
+    comparison = read_comparison(str(file))
+    known = [method for method, kind in FOUND.items() if name == "all" or not kind.trains_backbone]
+    assert sorted(comparison.methods) == sorted(known)
 
 
 @pytest.mark.slow
