@@ -111,6 +111,8 @@ def _onnx_runner(file: Path, inputs: Sequence[InputSpec]) -> Runner:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # torch wants the cores between calls
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def run(arguments: Sequence[Tensor]) -> Tensor:
