@@ -3,8 +3,9 @@
     python benchmarks/bench_serving.py
 
 MiniLM with all taps, a text task model and blending, random trained part. Every contender answers the same inputs;
-all are checked against the eager reference before timing, run interleaved in one process on one thread, medians count.
-"reference" is the model with levi_fast.reference's ensemble (swap undone). Writes benchmarks/results/serving_cpu.json.
+all are checked against the eager reference before timing and run interleaved in one process on one thread; medians
+count. "reference" is the model with levi_fast.reference's ensemble (swap undone). Writes
+benchmarks/results/serving_cpu.json.
 """
 
 from __future__ import annotations
@@ -113,7 +114,10 @@ def main() -> None:
     model = build()
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for part in SHAPES for row in measure(model, part, Path(folder), arguments.seconds)]
-    measured = "interleaved calls in one process, inputs of random ids; onnxruntime and torch on one thread each; the machine was shared, so that medians of a round's contenders compare, and absolute times less"
+    measured = (
+        "interleaved calls in one process, inputs of random ids; onnxruntime and torch on one thread each; the "
+        "machine was shared, so that the medians of a row compare, and absolute times less"
+    )
     document = {"machine": machine(), "how": measured, "tolerance": TOLERANCE, "rows": rows}
     write_atomic(arguments.output, json.dumps(document, indent=1) + "\n")
 

@@ -210,3 +210,42 @@ def verify(cache: ReadOption) -> None:
 
     if not run(cache, Console()):
         raise typer.Exit(1)
+
+
+@cache_app.command()
+def plan(
+    examples: Annotated[int, typer.Option(min=1, help="Different ones.", rich_help_panel=CACHE)] = 1_000_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Per example, with padding.", rich_help_panel=CACHE)] = 256,
+    backbone_size: Annotated[
+        str, typer.Option(metavar="NAME", help="MiniLM, 1B, 8B or 70B.", rich_help_panel=CACHE)
+    ] = "8B",
+    taps: Annotated[
+        int | None, typer.Option(min=1, help="How many layers are kept; all by default.", rich_help_panel=CACHE)
+    ] = None,
+    dtype: DtypeOption = "bfloat16",
+    cluster: Annotated[
+        str,
+        typer.Option(
+            metavar="NODESxDEVICES[:KIND]", help="Kinds: cpu, A100, H100, H200, B200.", rich_help_panel=CACHE
+        ),
+    ] = "1x8:H100",
+    utilisation: Annotated[
+        float, typer.Option(help="Of a GPU's published peak: an assumption, not measured.", rich_help_panel=CACHE)
+    ] = 0.4,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Print the tables of docs/scaling.md.", rich_help_panel=CACHE)
+    ] = False,
+) -> None:
+    """Say what a cache would cost on machines that are not at hand, by a model; see docs/scaling.md."""
+    from levi_fast.cache import scaling
+    from levi_fast.errors import DataError
+
+    if tables:
+        print(scaling.tables())
+        return
+    if backbone_size not in scaling.SIZES:
+        raise DataError(f"--backbone-size: expected one of {', '.join(scaling.SIZES)}, got {backbone_size!r}")
+    where = scaling.Cluster.parse(cluster)
+    size = scaling.SIZES[backbone_size]
+    found = scaling.plan(examples, tokens, size, where, taps=taps, dtype=dtype, utilisation=utilisation)
+    print(scaling.describe(found, where, utilisation))
