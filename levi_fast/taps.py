@@ -90,6 +90,11 @@ class TapExtractor:
         return name in self._accepted
 
     @property
+    def reads_decoder(self) -> bool:
+        """Whether a decoder's layers are among those that can be tapped."""
+        return self._first_decoder_block is not None
+
+    @property
     def input_names(self) -> frozenset[str]:
         """Names of the arguments that the backbone's forward takes."""
         return self._accepted

@@ -161,13 +161,17 @@ def _check(model: LeviModel, file: Path, format: str, head_only: bool, ops: str,
     if file.suffix != SUFFIXES[format]:
         raise DataError(f"--output: expected a file ending in {SUFFIXES[format]} for {format}, got {str(file)!r}")
     folder = file.absolute().parent
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise DataError(f"--output: {folder} is no folder")
     for taken in (file, folder / f"{file.stem}.json", folder / f"{file.stem}-preprocessing"):
         if taken.exists():
             raise DataError(f"--output: {taken} exists")
     if not head_only and model.config.tap_layers is not None and model.extractor is None:
         raise DataError("model: it was loaded without its backbone; only its head can be exported")
+    if model.config.pooling == "token":
+        raise DataError("model: a model of tokens (pooling='token') cannot be exported")
+    if not head_only and model.extractor is not None and model.extractor.reads_decoder:
+        raise DataError("model: taps of a decoder beside an encoder cannot be traced; export the head (--head-only)")
     if not head_only and model.config.backbone_dtype == "int8":
         raise DataError("model: an int8 backbone cannot be traced; export the head alone (--head-only)")
     formats.require_tools(format, verify)

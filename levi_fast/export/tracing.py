@@ -82,4 +82,5 @@ def run_all(program: Any, arguments: Sequence[Tensor]) -> Tensor:
 def _shapes(module: nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
     """The dynamic shapes in the form of the forward's signature: ``taps`` by itself, ``*inputs`` as one tuple."""
     named = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
-    return (*shapes[:named], tuple(shapes[named:]))
+    rest = shapes[named:]
+    return (*shapes[:named], tuple(rest)) if rest else tuple(shapes[:named])

@@ -100,12 +100,23 @@ def test_layers_above_the_last_tap_are_not_exported(text_model: Build) -> None:
         {"num_labels": 1, "problem_type": "regression", "target_mean": 40.0, "target_std": 12.0},
         {"blend": 0.0, "taps": [0, 2]},
         {"taps": "none"},
+        {"head": "concatenated", "task_model": None},
+        {"backbone_training": "lora"},
     ],
     ids=str,
 )
 def test_every_configuration(text_model: Build, tmp_path: Path, config: dict[str, Any]) -> None:
-    written = export_model(text_model(**config), tmp_path / "m.pt2")
-    assert written.largest_difference is not None and written.largest_difference < 1e-5
+    if config.get("backbone_training") == "lora":
+        pytest.importorskip("peft")
+    model = text_model(**config)
+    for head_only in [False] if config.get("taps") == "none" else [False, True]:
+        written = export_model(model, tmp_path / f"{head_only}.pt2", head_only=head_only)
+        assert written.largest_difference is not None and written.largest_difference < 1e-5
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path, text_model: Build) -> None:
+    with pytest.raises(DataError, match="pooling='token'"):
+        export_model(text_model(pooling="token"), tmp_path / "m.pt2")
 
 
 def test_images(tmp_path: Path) -> None:
@@ -144,7 +155,7 @@ def test_refusals_come_first(text_model: Build, tmp_path: Path, monkeypatch: pyt
         ("m.pt2", {"ops": "magic"}, "--ops: expected one of"),
         ("m.onnx", {"format": "onnx", "ops": "fused"}, "--ops: ONNX"),
         ("m.onnx", {}, r"--output: expected a file ending in \.pt2"),
-        ("no/m.pt2", {}, "--output: .* is no folder"),
+        ("there.pt2/m.pt2", {}, "--output: .* is no folder"),
         ("there.pt2", {}, "--output: .* exists"),
     ]
     for name, options, message in cases:
