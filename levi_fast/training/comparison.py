@@ -6,18 +6,15 @@ and ``seed-N.json``, written last, its figures and settings. What was killed goe
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone
@@ -28,14 +25,15 @@ from levi_fast.report.console import Console
 from levi_fast.report.metrics_file import versions, write_metrics
 from levi_fast.report.statistics import require_report_libraries
 from levi_fast.report.tables import method_table
-from levi_fast.storage import fsync_directory, write_atomic
+from levi_fast.storage import write_atomic
 from levi_fast.training.commands import Prepared, build_bank, prepare
+from levi_fast.training.comparison_cells import figures_of, write_predictions
 from levi_fast.training.comparison_file import ComparedData, Comparison
 from levi_fast.training.comparison_summary import summarise
-from levi_fast.training.fit import TrainingOptions
+from levi_fast.training.fit import BACKBONE_LEARNING_RATES, TrainingOptions
 from levi_fast.training.memory import peak_memory
 from levi_fast.training.methods import find_method, method_config
-from levi_fast.training.metrics import SELECTION_METRIC, compute_metrics, selection_key
+from levi_fast.training.metrics import SELECTION_METRIC, selection_key
 from levi_fast.training.request import TrainRequest
 from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
 from levi_fast.training.tasks import TASK_TRAINING
@@ -73,9 +71,11 @@ def compare(
 
     Raises:
         DataError: data, settings or folder that cannot be used; cells that were trained with other settings.
-        ImportError: matplotlib or statsmodels is not installed.
+        ImportError: matplotlib, statsmodels or, for LoRA, peft is not installed.
     """
     require_report_libraries()
+    if any(find_method(method).backbone_training == "lora" for method in comparison.methods):
+        require_peft()
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--output: expected a folder, but {folder} is a file")
@@ -115,6 +115,12 @@ def compare(
         console.table(method_table(title, found["metric"], found["splits"], means, {}))
     console.note(f"wrote {folder / PAGE} and {folder / DOCUMENT}")
     return document
+
+
+def require_peft() -> None:
+    """Raise ImportError, naming the extra to install, where there is no peft: before hours of other cells."""
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("the LoRA methods need peft: pip install levi_fast[lora]")
 
 
 def _cell(folder: Path, data: ComparedData, method: str, seed: int) -> Path:
@@ -157,11 +163,13 @@ def _options(
     shared = comparison.settings
     plan: dict[str, Any] = {**TASK_TRAINING.get(data.task_name or "", {})}
     plan.update({k: shared[k] for k in ("epochs", "batch_size") if shared.get(k) is not None})
-    if find_method(method).trains_backbone:
+    kind = find_method(method)
+    if kind.trains_backbone:
+        usual = BACKBONE_LEARNING_RATES[str(kind.backbone_training)]
         plan.update(epochs=shared.get("backbone_epochs") or BACKBONE_EPOCHS, seed=seed, device=device)
         return [
             TrainingOptions(**plan, backbone_learning_rate=rate)
-            for rate in shared.get("backbone_learning_rates") or [None]
+            for rate in shared.get("backbone_learning_rates") or [usual]
         ]
     rates = shared.get("learning_rates") or [TrainingOptions.learning_rate]
     return [TrainingOptions(**plan, learning_rate=rate, seed=seed, device=device) for rate in rates]
@@ -267,7 +275,7 @@ def _run_cell(
                 best, rate = result, options.backbone_learning_rate or options.learning_rate
     seconds = time.perf_counter() - started
     assert best is not None
-    figures = _figures(best, group.splits)
+    figures = figures_of(best, group.splits)
     document = {
         "method": method,
         "seed": seed,
@@ -281,62 +289,13 @@ def _run_cell(
     }
     file = _cell(folder, data, method, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _write_predictions(file.with_suffix(".safetensors"), best, group.splits)
+    write_predictions(file.with_suffix(".safetensors"), best, group.splits)
     write_metrics(file, document)
     return document
 
 
 def _key(result: MethodResult) -> tuple[float, float]:
     return selection_key(result.fit.validation, str(result.model.config.problem_type))
-
-
-def _figures(result: MethodResult, splits: Splits) -> dict[str, Any]:
-    trained, _ = result.model.num_parameters_by_part()
-    problem_type = str(result.model.config.problem_type)
-    metric = SELECTION_METRIC[problem_type]
-    layers = {}
-    for name, dataset in splits.named():
-        found = result.predictions.get(name)
-        if found is None or found.layer_logits is None or len(found.layer_logits) < 2 or dataset.labels is None:
-            continue
-        labels = dataset.labels.numpy()
-        layers[name] = [compute_metrics(logits, labels, problem_type)[metric] for logits in found.layer_logits]
-    per_layer = None
-    if layers and result.model.config.head == "layerwise":
-        per_layer = {
-            "layers": result.model.config.tap_layers,
-            "weights": result.model.ensemble.mix_weights().detach().tolist(),
-            "scores": layers,
-        }
-    return {
-        "problem_type": problem_type,
-        "id_split": splits.id_split,
-        "id": result.id,
-        "ood": result.ood,
-        "validation": result.fit.validation,
-        "best_epoch": result.fit.best_epoch,
-        "blend": result.fit.blend,
-        "choices": result.choices,
-        "trained_parameters": trained,
-        "per_layer": per_layer,
-        "sizes": splits.sizes(),
-    }
-
-
-def _write_predictions(path: Path, result: MethodResult, splits: Splits) -> None:
-    """Logits ``SPLIT/logits`` [N, C] and labels ``SPLIT/labels`` of the scored splits, atomically."""
-    tensors = {}
-    for name, dataset in splits.named():
-        if name in result.predictions and dataset.labels is not None:
-            tensors[f"{name}/logits"] = torch.from_numpy(np.ascontiguousarray(result.predictions[name].logits))
-            tensors[f"{name}/labels"] = dataset.labels.contiguous()
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as stage:
-        staged = Path(stage) / path.name
-        save_file(tensors, staged)
-        with open(staged, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    fsync_directory(path.parent)
 
 
 def _brief(figures: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -112,6 +113,21 @@ def test_changed_settings_are_named(levi_fast: Run, arguments: list[str], tmp_pa
     assert status == 2 and "rows are not in the cache" in err, err
     status, _, err = levi_fast(*arguments, "--methods", "levi,taps-only", "--cache", str(tmp_path / "fresh"))
     assert status == 2 and "was trained on other rows (train" in err
+
+
+@pytest.mark.parametrize(("package", "methods"), [("peft", "levi,lora"), ("statsmodels", "levi")])
+def test_a_missing_library_is_named_at_once(
+    levi_fast: Run, arguments: list[str], monkeypatch: pytest.MonkeyPatch, package: str, methods: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more)
+    )
+    if package == "statsmodels":
+        monkeypatch.setitem(sys.modules, "statsmodels.stats.multitest", None)
+    status, _, err = levi_fast(*arguments, "--methods", methods)
+    extra = "lora" if package == "peft" else "compare"
+    assert status == 2 and f"pip install levi_fast[{extra}]" in err and "rows:" not in err
 
 
 @pytest.mark.slow
