@@ -104,7 +104,8 @@ def training(task_name: str, data: Path, epochs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         heads = make_heads(task_name, data, epochs, Path(folder))
         threads = torch.get_num_threads()
-        alone(heads[0])  # warm-up
+        alone(heads[0])  # warm-up; the workers' server too, which the command line starts before it reads its data
+        train_heads(heads[:2])
         runs = [alone(head) for head in heads]
         torch.set_num_threads(1)
         on_one_thread = [alone(head) for head in heads[:2]]
