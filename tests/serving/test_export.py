@@ -167,3 +167,12 @@ def test_refusals_come_first(text_model: Build, tmp_path: Path, monkeypatch: pyt
     alone = text_model(taps="none")
     with pytest.raises(DataError, match="--head-only"):
         export_model(alone, tmp_path / "m.pt2", head_only=True)
+
+
+def test_the_document_shows_the_recorded_latencies() -> None:
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs" / "serving.md").read_text(encoding="utf-8")
+    for row in json.loads((root / "benchmarks" / "results" / "serving_cpu.json").read_text())["rows"]:
+        medians = " | ".join(f"{value:,.0f}" for name, value in row["median_us"].items() if name != "model(...)")
+        assert f"| {row['part']}, {row['batch']}, {row['tokens']} | {medians} |" in text
+        assert max(row["largest_difference_from_reference"].values()) < 1e-5
