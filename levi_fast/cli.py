@@ -45,6 +45,7 @@ from levi_fast.cli_options import (
     parse_taps,
     prepare_libraries,
 )
+from levi_fast.cli_select import select_taps
 from levi_fast.errors import BackboneMismatchError, DataError
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 app.command()(compare)
 app.command()(export)
+app.command("select-taps")(select_taps)
 
 
 @app.command()

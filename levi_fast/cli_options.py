@@ -108,7 +108,8 @@ BackboneDtypeOption = Annotated[
 TapsOption = Annotated[
     str | None,
     typer.Option(
-        help="Layers to read: all, last, even:4, or indices from 0 such as 0,2,-1.",
+        help="Layers to read: all, last, mid (20 to 80 % of the depth), even:4, or indices from 0 such as 0,2,-1; or "
+        "chosen by the training data: cka:4, gradnorm or probe (see levi-fast select-taps).",
         show_default="all",
         rich_help_panel=MODEL,
     ),

@@ -32,8 +32,11 @@ class LeviConfig(PreTrainedConfig):
         backbone_layers: dotted name of the backbone's module list of layers, where it cannot be found by itself; of
             an encoder-decoder also "encoder" (the default), "decoder" or "encoder+decoder", see
             :class:`levi_fast.TapExtractor`.
-        taps: "all", "last", "even:k", a list of layer indices (0 is the first layer's output, negatives count
-            from the end), or "none": no backbone, the task model alone.
+        taps: "all", "last", "mid" (20 to 80 % of the depth), "even:k", a list of layer indices (0 is the
+            first layer's output, negatives count from the end), or "none": no backbone, the task model alone.
+            "cka:k", "gradnorm" and "probe" are resolved from the training data by ``levi-fast train`` and
+            ``compare``, see docs/taps.md.
+        tap_selection: of taps that data resolved: the selector, its choice, its scores; set with ``taps``.
         tap_layers, tap_widths: what ``taps`` resolved to, and the widths D_l; set by ``get_levi_model``.
         head: what stands on taps and view: "layerwise" (LEVI), or a baseline's: "concatenated" (one layer on all taps
             side by side, no view) or "output-ensemble" (a linear probe and the task model, outputs averaged).
@@ -76,6 +79,7 @@ class LeviConfig(PreTrainedConfig):
     lora: dict[str, Any] | None = None
     backbone_layers: str | None = None
     taps: str | list[int] = "all"
+    tap_selection: dict[str, Any] | None = None
     tap_layers: list[int] | None = None
     tap_widths: list[int] | None = None
     head: str = "layerwise"

@@ -34,6 +34,7 @@ from levi_fast.training.methods import find_method, method_config
 from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.request import TrainRequest, cache_request, checkpoint_options, load_task
 from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
+from levi_fast.training.tap_selection import TapSelection, select_taps
 from levi_fast.training.tasks import MovieLensSplits, TableTask
 
 
@@ -241,10 +242,39 @@ def _check_checkpoints(request: TrainRequest, prepared: Prepared) -> None:
 def build_bank(request: TrainRequest, prepared: Prepared, console: Console) -> TapBank | None:
     """The taps that a request's method reads, of all splits; None for a method without a backbone.
 
+    Where the training data chooses the layers, ``prepared.config`` has its choice afterwards.
+
     Raises:
         DataError: a method without what it needs, before the backbone runs; a cache of something else.
         ValueError: a tap out of range, a backbone without layers.
     """
+    selector = prepared.config.taps if request.selects_taps else None
+    if selector is not None:
+        prepared.config.taps = "all"
+    bank = _read_taps(request, prepared, console)
+    if isinstance(selector, str) and bank is not None:
+        apply_selection(select(selector, request, prepared, bank, console), request, prepared, console)
+    return bank
+
+
+def select(selector: str, request: TrainRequest, prepared: Prepared, bank: TapBank, console: Console) -> TapSelection:
+    """What a selector chooses among a bank's layers."""
+    with console.status(f"choosing taps by {selector}"):
+        return select_taps(selector, bank, prepared.splits, prepared.config, seed=request.options.seed)
+
+
+def apply_selection(selection: TapSelection, request: TrainRequest, prepared: Prepared, console: Console) -> None:
+    """Have the config say the layers; of a backbone that was not loaded, what its last one is must be known."""
+    prepared.config.taps, prepared.config.tap_selection = selection.layers, selection.as_dict()
+    console.note(f"taps: {selection.selector} chose layers {', '.join(map(str, selection.layers))}")
+    backbone = prepared.backbone
+    if isinstance(backbone, BackboneRecord) and selection.layers[-1] != backbone.layers[-1]:
+        # The record's fingerprint is of the weights up to the cache's last layer, and this model ends below that.
+        with console.status(f"loading {prepared.name}"):
+            prepared.backbone = load_backbone(prepared.name, dtype=request.backbone_dtype)
+
+
+def _read_taps(request: TrainRequest, prepared: Prepared, console: Console) -> TapBank | None:
     config = method_config(request.method, prepared.config)
     if request.cache is not None:
         wanted = cache_request(request, prepared.tokenizer, prepared.task.processor.max_length)

@@ -13,6 +13,7 @@ from levi_fast.cache.manifest import DTYPES
 from levi_fast.data.tables import Columns
 from levi_fast.errors import DataError
 from levi_fast.quantization import check_backbone_dtype
+from levi_fast.selection import data_dependent
 from levi_fast.training.cached import CacheRequest
 from levi_fast.training.checkpoints import CheckpointOptions
 from levi_fast.training.fit import TrainingOptions, check_loop, resolve_device
@@ -56,6 +57,18 @@ class TrainRequest:
         return self.precompute and self.backbone_training == "frozen"
 
     @property
+    def selects_taps(self) -> bool:
+        """Whether the training data chooses the layers.
+
+        Raises:
+            DataError: "cka:k" without a k.
+        """
+        try:
+            return data_dependent(self.model.get("taps"))
+        except ValueError as error:
+            raise DataError(f"--{error}") from error
+
+    @property
     def backbone_training(self) -> str:
         """What of the backbone is trained: what the method says, else what was asked for."""
         return find_method(self.method).backbone_training or str(self.model.get("backbone_training", "frozen"))
@@ -75,6 +88,11 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
     if request.model.get("pooling") == "token":
         raise DataError("--pooling: expected mean, cls or last; token classification is for Python, see LeviConfig")
     _check_backbone_training(request)
+    if request.selects_taps and not request.runs_backbone_once:
+        raise DataError(
+            f"--taps {request.model['taps']}: chooses among taps of the frozen backbone that are computed first; "
+            "leave out --no-precompute and --backbone-training, or name layers"
+        )
     _check_cache(request)
     check_loop(request.loop, with_checkpoints=checkpoint_options(request) is not None)
     if method.selects_features and not request.precompute:
@@ -178,12 +196,13 @@ def _check_cache(request: TrainRequest) -> None:
 def cache_request(request: TrainRequest, tokenizer: Any, max_length: int) -> CacheRequest:
     """The part of a request that its taps depend on."""
     assert request.cache is not None
+    asked = request.model.get("taps", "all")
     return CacheRequest(
         folder=request.cache,
         backbone=request.backbone or DEFAULT_BACKBONE,
         backbone_dtype=request.backbone_dtype,
-        # a method of the last layer alone finds it in whatever is there
-        taps=None if find_method(request.method).fixes_taps else request.model.get("taps", "all"),
+        # a method of the last layer alone finds it in whatever is there, and a selector chooses among that
+        taps=None if find_method(request.method).fixes_taps or request.selects_taps else asked,
         pooling=request.model.get("pooling", "mean"),
         tokenizer=tokenizer,
         max_length=max_length,

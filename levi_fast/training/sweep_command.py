@@ -66,6 +66,11 @@ def train_sweep(request: TrainRequest, sweep: str, console: Console) -> dict[str
     require_new_folder(request.output)
     if not request.precompute:
         raise DataError("--sweep: trains on precomputed taps; leave out --no-precompute")
+    if request.selects_taps:
+        raise DataError(
+            f"--sweep: --taps {request.model['taps']} chooses layers for one run; choose them with levi-fast "
+            "select-taps, and name them"
+        )
     if request.loop == "trainer":
         raise DataError("--sweep: trains with the lean loop; leave out --loop trainer")
     if request.backbone_training != "frozen":

@@ -245,7 +245,7 @@ def test_layers_that_cannot_be_found_or_are_shared_are_explained(build_backbone)
     assert len(find_layers(Two(), "right")) == 1
     with pytest.raises(ValueError, match="no module 'middle'"):
         find_layers(Two(), "middle")
-    with pytest.raises(ValueError, match="pooling: expected one of mean, cls, last, got 'max'"):
+    with pytest.raises(ValueError, match="pooling: expected one of mean, cls, last, token, got 'max'"):
         TapExtractor(build_backbone("bert"), pooling="max")
     from transformers import AlbertConfig, AlbertModel
 
