@@ -1,7 +1,8 @@
 """MovieLens as a named task: predict a user's rating of a film from the ratings the user gave before.
 
 Reads a folder in the layout of GroupLens' ``ml-latest-small``: ``ratings.csv`` (userId, movieId, rating,
-timestamp) and ``movies.csv`` (movieId, title, genres, separated by ``|``). See :func:`load_movielens`.
+timestamp) and ``movies.csv`` (movieId, title, genres, separated by ``|``), or of ``ml-1m`` and ``ml-10m``: the
+same columns in ``ratings.dat`` and ``movies.dat``, ``::`` between them, without a header. See :func:`load_movielens`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Reading MovieLens' ``movies.csv`` and ``ratings.csv``, with errors that name file, line and column."""
+"""Reading MovieLens' ``movies.csv`` and ``ratings.csv``, or the ``.dat`` files of MovieLens 1M and 10M.
+
+Errors name file, line and column.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +50,13 @@ class Ratings:
 
 
 def find_file(data_dir: str | Path, name: str) -> Path:
-    """The path of one of the two files, or a DataError that says what the folder holds instead."""
+    """The path of one of the two files, or else of its .dat form, or a DataError that says what the folder holds."""
     folder = Path(data_dir)
     if not folder.is_dir():
         raise DataError(f"data_dir: expected a folder with ratings.csv and movies.csv, {folder} is not a folder")
+    old = folder / Path(name).with_suffix(".dat")
+    if old.is_file() and not (folder / name).is_file():
+        return old
     if not (folder / name).is_file():
         found = sorted(path.name for path in folder.iterdir())[:8]
         raise DataError(f"{folder}: {name} is missing; found {', '.join(found) if found else 'nothing'}")
@@ -59,6 +65,9 @@ def find_file(data_dir: str | Path, name: str) -> Path:
 
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield the file's line number and the cells of the named columns."""
+    if path.suffix == ".dat":
+        yield from _old_rows(path, columns)
+        return
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
@@ -78,6 +87,22 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]
         raise DataError(f"{path}: expected UTF-8 text, but byte {error.start} of a block is not") from error
     except csv.Error as error:
         raise DataError(f"{path}: not readable as CSV: {error}") from error
+
+
+def _old_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """As :func:`_rows`, of MovieLens 1M (latin-1) and 10M (UTF-8): ``::`` between cells, no header."""
+    with open(path, "rb") as file:
+        for line, raw in enumerate(file, start=1):
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                text = raw.decode("latin-1")
+            cells = text.rstrip("\r\n").split("::")
+            if len(cells) != len(columns):
+                raise DataError(
+                    f"{path}, line {line}: expected {len(columns)} cells with '::' between them, got {len(cells)}"
+                )
+            yield line, cells
 
 
 def read_films(path: Path) -> Films:
@@ -111,7 +136,7 @@ def read_ratings(path: Path, films: Films) -> Ratings:
     for line, (user, movie, rating, time) in _rows(path, ("userId", "movieId", "rating", "timestamp")):
         movie_id = _number(int, movie, path, line, "movieId")
         if movie_id not in films.index:
-            raise DataError(f"{path}, line {line}: movieId {movie_id} is not listed in movies.csv")
+            raise DataError(f"{path}, line {line}: movieId {movie_id} is not listed in movies{path.suffix}")
         users.append(_number(int, user, path, line, "userId"))
         rated.append(films.index[movie_id])
         stars.append(_number(float, rating, path, line, "rating"))

@@ -166,7 +166,7 @@ class TestArguments:
             (["--max-length", "65"], "--max-length: expected a number between 3 and 64"),
             (["--view-dropout", "1.5"], "view_dropout: expected a number in [0, 1], got 1.5"),
             (["--mix", "learned"], "'learned' mixing weights get no gradient from objective='per_layer'"),
-            (["--pooling", "max"], "pooling: expected one of mean, cls, last, got 'max'"),
+            (["--pooling", "max"], "pooling: expected one of mean, cls, last, token, got 'max'"),
             (["--text-column", "label"], "column 'label' is named twice"),
             (["--task-name", "movielens"], "--task-name brings its own data"),
             (["--data", "x"], "--data: only with --task-name"),

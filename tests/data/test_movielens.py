@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from pathlib import Path
 
@@ -159,6 +160,26 @@ def test_order_of_the_file_does_not_matter(folder: Path, tmp_path: Path) -> None
     (tmp_path / "movies.csv").write_bytes((folder / "movies.csv").read_bytes())
     first, second = load(folder), load(tmp_path)
     assert all(same(first.splits[name], second.splits[name]) for name in first.splits)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])  # of MovieLens 1M, of 10M
+def test_dat_files_are_read_as_the_csv_files_are(folder: Path, tmp_path: Path, encoding: str) -> None:
+    written, old = tmp_path / "csv", tmp_path / "dat"
+    written.mkdir()
+    old.mkdir()
+    for name in ("movies", "ratings"):
+        text = (folder / f"{name}.csv").read_text(encoding="utf-8").replace("Film 5, The", "Misérables: 5, Les")
+        (written / f"{name}.csv").write_text(text, encoding="utf-8")
+        rows = [*csv.reader(text.splitlines())][1:]
+        (old / f"{name}.dat").write_bytes("".join("::".join(row) + "\n" for row in rows).encode(encoding))
+    first, second = load(written), load(old)
+    assert any("Les Misérables: 5" in text for rows in second.splits.values() for text in rows.text)
+    for name in first.splits:
+        assert same(first.splits[name], second.splits[name])
+    with open(old / "ratings.dat", "a") as file:
+        file.write("1::2::3\n")
+    with pytest.raises(DataError, match=r"ratings\.dat, line \d+: expected 4 cells with '::' between them, got 3"):
+        load(old)
 
 
 def test_subsampling_keeps_the_bounds(folder: Path) -> None:
