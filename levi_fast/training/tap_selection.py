@@ -123,7 +123,7 @@ def _train(taps: Sequence[Tensor], labels: Tensor, config: LeviConfig, seed: int
                 optimizer.step()
     if mix == "mean":
         return [float(norm) for norm in torch.stack(norms).mean(dim=0)]
-    return [float(weight) for weight in ensemble.mix_weights()]
+    return [float(weight) for weight in ensemble.mix_weights().detach()]
 
 
 def _gradient_norms(ensemble: LayerwiseEnsemble) -> Tensor:
