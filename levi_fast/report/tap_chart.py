@@ -36,15 +36,19 @@ def tap_chart(selections: Sequence[Any], format: str) -> bytes:
     FigureCanvasAgg(figure)
     for place, (selection, name, values) in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, place + 1)
-        chosen = [layer in selection.layers for layer in selection.candidates]
+        shows_choice = selection.selector != "mix"
+        chosen = [shows_choice and layer in selection.layers for layer in selection.candidates]
         axes.bar(
-            [str(layer) for layer in selection.candidates],
+            range(len(chosen)),
             [float("nan") if value is None else value for value in values],
             color=["#0072B2" if one else "#FFFFFF" for one in chosen],
             edgecolor="#0072B2",
         )
         axes.set_ylabel(name)
-        axes.set_title(f"{selection.selector}: filled layers were chosen", fontsize=9, loc="left")
+        axes.set_xlim(-0.6, len(chosen) - 0.4)  # a layer without a value keeps its place
+        axes.set_xticks(range(len(chosen)), [str(layer) for layer in selection.candidates])
+        meaning = "filled layers were chosen" if shows_choice else "a diagnostic, chooses nothing"
+        axes.set_title(f"{selection.selector}: {meaning}", fontsize=9, loc="left")
     figure.axes[-1].set_xlabel("layer")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=format, dpi=150)
