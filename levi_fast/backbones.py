@@ -293,6 +293,9 @@ def _tensors_of(value: Any) -> list[Tensor]:
         return [tensor for part in value for tensor in _tensors_of(part)]
     if not isinstance(value, Tensor):  # a quantised layer's dtype, which its integers tell as well
         return []
+    if hasattr(value, "__tensor_flatten__"):  # a tensor made of others: torchao's quantised weights
+        names, _ = value.__tensor_flatten__()
+        return [tensor for name in names for tensor in _tensors_of(getattr(value, name))]
     if not value.is_quantized:
         return [value]
     per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
