@@ -225,7 +225,7 @@ def test_a_folder_that_is_no_model_is_explained(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pooling": "max"}, "pooling: expected one of mean, cls, last, got 'max'"),
+        ({"pooling": "max"}, "pooling: expected one of mean, cls, last, token, got 'max'"),
         ({"objective": "sum"}, "objective: expected one of per_layer, ensemble, both"),
         ({"view_dropout": 1.2}, r"view_dropout: expected a number in \[0, 1\]"),
         ({"blend": -0.1}, "blend"),
