@@ -137,15 +137,14 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
 def _with_adapters(folder: Path, dtype: torch.dtype | str | None, trust_remote_code: bool) -> nn.Module:
     """A backbone that was fine-tuned with peft: the base model that the folder names, its adapters merged in."""
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftModel
     except ImportError as error:
         raise DataError(
             f"backbone: {folder} holds adapters, which needs peft: pip install levi_fast[lora]"
         ) from error
-    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base_name:
-        raise DataError(f"backbone: {folder / ADAPTER} names no base_model_name_or_path")
-    base = load_backbone(base_name, dtype=None if dtype == "int8" else dtype, trust_remote_code=trust_remote_code)
+    base = load_backbone(
+        _named_base(folder), dtype=None if dtype == "int8" else dtype, trust_remote_code=trust_remote_code
+    )
     wrapped = PeftModel.from_pretrained(cast(Any, base), str(folder))
     merged = cast(Any, wrapped).merge_and_unload()
     merged.config._name_or_path = str(folder)
@@ -194,10 +193,16 @@ def _base_of(where: str) -> str:
     adapter = Path(where) / ADAPTER
     if not adapter.is_file() or (Path(where) / "config.json").is_file():
         return where
+    return resolve_backbone(_named_base(Path(where)))
+
+
+def _named_base(folder: Path) -> str:
+    """The model that a folder of adapters is for."""
+    adapter = folder / ADAPTER
     base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise DataError(f"backbone: {adapter} names no base_model_name_or_path")
-    return resolve_backbone(base)
+    return base
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

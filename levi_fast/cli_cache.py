@@ -131,7 +131,6 @@ def build(
     prepare_libraries(num_threads)
     from levi_fast.report.console import Console
     from levi_fast.training.cache_commands import build as run
-    from levi_fast.training.cache_commands import is_first_rank
 
     fields = data_fields(
         train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
@@ -143,7 +142,7 @@ def build(
         fields, cache, taps=taps, pooling=pooling, dtype=dtype, seed=seed, device=device, backbone=backbone,
         backbone_dtype=backbone_dtype, backbone_batch_size=backbone_batch_size,
     )  # fmt: skip
-    run(request, Console(quiet=not is_first_rank()), overwrite=rebuild, batches_per_shard=batches_per_shard)
+    run(request, Console(), overwrite=rebuild, batches_per_shard=batches_per_shard)
 
 
 @cache_app.command()

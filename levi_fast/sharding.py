@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from levi_fast.backbone_training import PREFIX
 from levi_fast.modeling import LeviModel
 
 
@@ -50,7 +51,7 @@ def shard_backbone(model: LeviModel, mesh: Any = None) -> None:
 
 def leave_backbone_alone(model: LeviModel) -> None:
     """Tell DistributedDataParallel not to touch the backbone: it would broadcast it to every process."""
-    inside = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name.startswith("backbone.")]
+    inside = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name.startswith(PREFIX)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, inside)
 
 

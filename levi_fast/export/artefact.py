@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from levi_fast.cache.weights import file_sha256
 from levi_fast.errors import DataError
 from levi_fast.export import formats
 from levi_fast.export.inputs import (
@@ -192,13 +192,11 @@ def _manifest(
     config: Any = model.config
     labels = [config.id2label[place] for place in range(config.num_labels)]
     described = [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in inputs]
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
     dtype = str(model.ensemble.bias.dtype).removeprefix("torch.")
     return {
         "manifest_version": MANIFEST_VERSION,
         "file": file.name,
-        "sha256": digest,
+        "sha256": file_sha256(file),
         "format": format,
         "part": "head" if head_only else "model",
         "library": library,

@@ -16,11 +16,11 @@ from levi_fast.report.tables import METRIC_TITLES
 class Console:
     """Notes and progress bars for people; a stream that is no terminal gets one line per stage instead of bars."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         # of several processes that torchrun started, the first one speaks
         silent = os.environ.get("RANK", "0") != "0"
         self.out = rich.console.Console(quiet=silent)
-        self.err = rich.console.Console(stderr=True, highlight=False, quiet=quiet or silent)
+        self.err = rich.console.Console(stderr=True, highlight=False, quiet=silent)
 
     def note(self, text: str) -> None:
         """One line on stderr, as it is."""

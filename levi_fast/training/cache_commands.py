@@ -12,18 +12,12 @@ from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone_config, load_tok
 from levi_fast.cache import ActivationCache, Estimate
 from levi_fast.cache.estimate import readable_bytes
 from levi_fast.cache.manifest import Manifest
-from levi_fast.cache.ranks import World
 from levi_fast.cache.store import damage, open_store
 from levi_fast.errors import DataError
 from levi_fast.report.console import Console
 from levi_fast.training.cached import CacheRequest, build_arguments, build_cache
 from levi_fast.training.request import TrainRequest, cache_request, load_task
 from levi_fast.training.runs import Splits
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for all that build one cache together."""
-    return World.from_environment().rank == 0
 
 
 def build(

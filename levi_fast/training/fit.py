@@ -150,8 +150,9 @@ def fit(
             lean_serves = (not runs_backbone or checkpoints is not None) and not _is_distributed()
             with train.only(model.reads), validation.only(model.reads):
                 if loop == "lean" or (loop == "auto" and lean_serves):
-                    run = _run_of(model, train, validation, options)
-                    kept = None if checkpoints is None else Checkpoints(checkpoints, run)
+                    kept = None
+                    if checkpoints is not None:
+                        kept = Checkpoints(checkpoints, _run_of(model, train, validation, options))
                     train_lean(model, train, validation, arguments, best, kept, backbone_rate)
                 else:
                     train_with_trainer(model, train, validation, arguments, best, backbone_rate)

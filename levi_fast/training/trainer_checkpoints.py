@@ -9,7 +9,6 @@ loss any part of their bytes. ::
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from levi_fast.cache.weights import file_sha256
 from levi_fast.storage import fsync_directory, write_atomic
 
 SEAL = "checksums.json"
@@ -48,7 +48,7 @@ class SealCheckpoints(TrainerCallback):
         for path in files:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        seal = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+        seal = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         write_atomic(folder / SEAL, json.dumps(seal, indent=1) + "\n")
         fsync_directory(folder.parent)
 
@@ -89,11 +89,6 @@ def _damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _checksum(path) != checksum:
+        if file_sha256(path) != checksum:
             return f"{name} has changed since it was written"
     return None
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
