@@ -31,6 +31,7 @@ from levi_fast.cli_options import (
     PoolingOption,
     ProblemTypeOption,
     SeedOption,
+    SplitColumnOption,
     SplitOption,
     TapsOption,
     TaskDataOption,
@@ -73,6 +74,7 @@ def train(
     numeric_column: NumericColumnOption = None,
     categorical_column: CategoricalColumnOption = None,
     label_column: LabelColumnOption = None,
+    split_column: SplitColumnOption = None,
     problem_type: ProblemTypeOption = None,
     label_separator: LabelSeparatorOption = "|",
     max_length: MaxLengthOption = None,
@@ -234,7 +236,7 @@ def train(
         train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
         numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,
         problem_type=problem_type, label_separator=label_separator, max_length=max_length, task_name=task_name,
-        data=data, split=split,
+        split_column=split_column, data=data, split=split,
     )  # fmt: skip
     model_fields: dict[str, Any] = {
         "pooling": pooling,

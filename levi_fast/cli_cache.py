@@ -20,6 +20,7 @@ from levi_fast.cli_options import (
     PoolingOption,
     ProblemTypeOption,
     SeedOption,
+    SplitColumnOption,
     SplitOption,
     TapsOption,
     TaskDataOption,
@@ -103,6 +104,7 @@ def build(
     numeric_column: NumericColumnOption = None,
     categorical_column: CategoricalColumnOption = None,
     label_column: LabelColumnOption = None,
+    split_column: SplitColumnOption = None,
     problem_type: ProblemTypeOption = None,
     label_separator: LabelSeparatorOption = "|",
     max_length: MaxLengthOption = None,
@@ -136,7 +138,7 @@ def build(
         train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
         numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,
         problem_type=problem_type, label_separator=label_separator, max_length=max_length, task_name=task_name,
-        data=data, split=split,
+        split_column=split_column, data=data, split=split,
     )  # fmt: skip
     request = _request(
         fields, cache, taps=taps, pooling=pooling, dtype=dtype, seed=seed, device=device, backbone=backbone,
@@ -155,6 +157,7 @@ def estimate(
     numeric_column: NumericColumnOption = None,
     categorical_column: CategoricalColumnOption = None,
     label_column: LabelColumnOption = None,
+    split_column: SplitColumnOption = None,
     problem_type: ProblemTypeOption = None,
     label_separator: LabelSeparatorOption = "|",
     max_length: MaxLengthOption = None,
@@ -183,7 +186,7 @@ def estimate(
         train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
         numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,
         problem_type=problem_type, label_separator=label_separator, max_length=max_length, task_name=task_name,
-        data=data, split=split,
+        split_column=split_column, data=data, split=split,
     )  # fmt: skip
     request = _request(
         fields, cache, taps=taps, pooling=pooling, dtype=dtype, seed=seed, device=device, backbone=backbone,

@@ -21,6 +21,7 @@ from levi_fast.cli_options import (
     NumericColumnOption,
     OodOption,
     ProblemTypeOption,
+    SplitColumnOption,
     SplitOption,
     TapsOption,
     TaskDataOption,
@@ -56,6 +57,7 @@ def compare(
     numeric_column: NumericColumnOption = None,
     categorical_column: CategoricalColumnOption = None,
     label_column: LabelColumnOption = None,
+    split_column: SplitColumnOption = None,
     problem_type: ProblemTypeOption = None,
     label_separator: LabelSeparatorOption = "|",
     max_length: MaxLengthOption = None,
@@ -127,7 +129,7 @@ def compare(
             train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
             numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,
             problem_type=problem_type, label_separator=label_separator, max_length=None, task_name=task_name,
-            data=data, split=split,
+            split_column=split_column, data=data, split=split,
         )  # fmt: skip
         fields.pop("max_length")
         comparison = Comparison(

@@ -58,6 +58,15 @@ CategoricalColumnOption = Annotated[
     typer.Option(metavar="C", help="Categories for the task model; repeatable.", rich_help_panel=DATA),
 ]
 LabelColumnOption = Annotated[str | None, typer.Option(metavar="C", help="What is predicted.", rich_help_panel=DATA)]
+SplitColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="C",
+        help="Column of --train that says each row's set, as in WILDS: train, val, test (or id_val, id_test, and "
+        "then val and test are OOD); any other value is an OOD set of that name. 0, 1, 2 are train, val, test.",
+        rich_help_panel=DATA,
+    ),
+]
 ProblemTypeOption = Annotated[
     str | None,
     typer.Option(
@@ -168,6 +177,7 @@ def data_fields(
     numeric_column: Sequence[str] | None,
     categorical_column: Sequence[str] | None,
     label_column: str | None,
+    split_column: str | None,
     problem_type: str | None,
     label_separator: str,
     max_length: int | None,
@@ -182,13 +192,19 @@ def data_fields(
     """
     from levi_fast.data.tables import Columns
 
-    if task_name is not None and (train_file or validation or test or ood or text_column or label_column):
+    if task_name is not None and (
+        train_file or validation or test or ood or text_column or label_column or split_column
+    ):
         raise DataError("--task-name brings its own data: leave out --train, --validation, --test, --ood and columns")
     if task_name is None and data is not None:
         raise DataError("--data: only with --task-name; give your own files with --train")
     oods = parse_ood(ood or [])
     columns = Columns(
-        tuple(text_column or ()), tuple(numeric_column or ()), tuple(categorical_column or ()), label_column
+        tuple(text_column or ()),
+        tuple(numeric_column or ()),
+        tuple(categorical_column or ()),
+        label_column,
+        split_column,
     )
     from levi_fast.training.tasks import TableFiles
 

@@ -22,6 +22,7 @@ from levi_fast.cli_options import (
     PoolingOption,
     ProblemTypeOption,
     SeedOption,
+    SplitColumnOption,
     SplitOption,
     TaskDataOption,
     TaskNameOption,
@@ -44,6 +45,7 @@ def select_taps(
     numeric_column: NumericColumnOption = None,
     categorical_column: CategoricalColumnOption = None,
     label_column: LabelColumnOption = None,
+    split_column: SplitColumnOption = None,
     problem_type: ProblemTypeOption = None,
     label_separator: LabelSeparatorOption = "|",
     max_length: MaxLengthOption = None,
@@ -89,7 +91,7 @@ def select_taps(
         train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
         numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,
         problem_type=problem_type, label_separator=label_separator, max_length=max_length, task_name=task_name,
-        data=data, split=split,
+        split_column=split_column, data=data, split=split,
     )  # fmt: skip
     request = TrainRequest(
         output="", method="taps-only", task_model="none", model={"pooling": pooling},

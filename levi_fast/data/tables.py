@@ -39,6 +39,7 @@ class Columns:
         numeric: numbers for the task model.
         categorical: categories for the task model.
         label: what is predicted; None where there is nothing to compare with.
+        split: which set a row belongs to, see :mod:`levi_fast.data.split_column`; None where a file is one set.
 
     Raises:
         DataError: when one column is named twice.
@@ -48,6 +49,7 @@ class Columns:
     numeric: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
     label: str | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         seen: dict[str, str] = {}
@@ -63,6 +65,7 @@ class Columns:
             ("--numeric-column", self.numeric),
             ("--categorical-column", self.categorical),
             ("--label-column", () if self.label is None else (self.label,)),
+            ("--split-column", () if self.split is None else (self.split,)),
         ]
 
     def flags(self) -> dict[str, str]:
@@ -72,19 +75,24 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table:
-    """The chosen columns of one file, as lists of raw cells (all ``str | None`` when it came from CSV or TSV)."""
+    """The chosen columns of one file, as lists of raw cells (all ``str | None`` when it came from CSV or TSV).
+
+    ``rows`` are the numbers, from 0, that the rows have in the file; None where they are all of it.
+    """
 
     path: str
     num_rows: int
     cells: dict[str, list[Any]]
+    rows: list[int] | None = None
 
     def where(self, row: int) -> str:
-        """Name a row (0-based here) the way messages do: 1-based, not counting the header."""
-        return f"row {row + 1} of {self.path}"
+        """Name a row (0-based here) the way messages do: 1-based in the file, not counting the header."""
+        return f"row {(row if self.rows is None else self.rows[row]) + 1} of {self.path}"
 
     def select(self, rows: list[int]) -> Table:
-        """The given rows, in the given order. Row numbers in later messages are those of the selection."""
-        return Table(self.path, len(rows), {name: [cells[r] for r in rows] for name, cells in self.cells.items()})
+        """The given rows, in the given order; messages go on to name them by their place in the file."""
+        cells = {name: [cells[r] for r in rows] for name, cells in self.cells.items()}
+        return Table(self.path, len(rows), cells, rows if self.rows is None else [self.rows[r] for r in rows])
 
     def texts(self, columns: tuple[str, ...]) -> list[str]:
         """Join the text columns of every row with a newline, leaving out cells that are empty.

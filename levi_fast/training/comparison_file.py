@@ -10,6 +10,7 @@
         ood: {new: new.csv}
         text_column: text
         label_column: label
+      - {name: comments, train: all.csv, split_column: split, text_column: comment_text, label_column: toxic}
       - {name: movies, task_name: movielens, data: ml-latest-small, split: genres}
     methods: [levi, linear-probe]   # the first is what the others are compared with
     seeds: 0-4                      # or a list
@@ -37,7 +38,7 @@ from levi_fast.training.tasks import TableFiles
 
 _DATA_KEYS = {
     "name", "train", "validation", "test", "ood", "text_column", "numeric_column", "categorical_column",
-    "label_column", "problem_type", "label_separator", "task_name", "data", "split",
+    "label_column", "split_column", "problem_type", "label_separator", "task_name", "data", "split",
 }  # fmt: skip
 _WHOLE = ("epochs", "backbone_epochs", "batch_size", "max_train_rows", "max_eval_rows", "hidden_width", "max_length")
 _RATES = ("learning_rates", "backbone_learning_rates")
@@ -202,6 +203,7 @@ def _data(entry: Any, folder: Path) -> ComparedData:
         _listed(entry.get("numeric_column")),
         _listed(entry.get("categorical_column")),
         entry.get("label_column"),
+        entry.get("split_column"),
     )
     given = {key: entry[key] for key in ("problem_type", "label_separator") if entry.get(key) is not None}
     return ComparedData(name, {"files": files, "columns": columns, **given})

@@ -20,6 +20,7 @@ from levi_fast.data.preprocessing import (
     tokenize,
     warn_truncated,
 )
+from levi_fast.data.split_column import divide
 from levi_fast.data.tables import Columns, Table, read_table
 from levi_fast.errors import DataError
 from levi_fast.storage import write_atomic
@@ -35,7 +36,7 @@ TASK_MODELS = ("auto", "text", "tabular", "table", "none")
 
 @dataclass(frozen=True)
 class TableFiles:
-    """The user's files: training, validation, test, and OOD files by name."""
+    """The user's files: training, validation, test, and OOD files by name; with ``Columns.split``, training alone."""
 
     train: str
     validation: str | None = None
@@ -69,20 +70,20 @@ class TableTask:
     ) -> TableTask:
         """Read all files and check every row that will be used, before anything expensive starts.
 
-        Without a validation file, a seeded tenth of the training rows is held out, class by class.
+        Without a validation file, a seeded tenth of the training rows is held out, class by class. With
+        ``columns.split``, the training file holds all sets: see :func:`levi_fast.data.split_column.divide`.
 
         Raises:
-            DataError: naming file, column and row of what cannot be used.
+            DataError: naming file, column and row of what cannot be used; a split column together with other files.
         """
-        named = {"train": files.train, "validation": files.validation, "test": files.test}
-        named.update({f"ood {name}": path for name, path in files.ood.items()})
-        tables = {split: read_table(path, columns) for split, path in named.items() if path is not None}
+        tables = _read(files, columns)
+        columns = replace(columns, split=None)  # what the model reads of a row
         whole = tables["train"]
         processor = TableProcessor.fit(whole, columns, problem_type=problem_type, label_separator=label_separator)
         assert processor.labels is not None
         for table in tables.values():
             processor.check(table)
-        if files.validation is None:
+        if "validation" not in tables:
             kept, held = stratified_holdout(processor.labels.encode(whole), VALIDATION_FRACTION, seed)
             tables = {**tables, "train": whole.select(kept), "validation": whole.select(held)}
             fitted = TableProcessor.fit(
@@ -222,6 +223,20 @@ def saved_task(directory: str | Path) -> dict[str, Any] | None:
         return None
     document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return document
+
+
+def _read(files: TableFiles, columns: Columns) -> dict[str, Table]:
+    """Tables by split: "train", "validation", "test", "ood NAME"."""
+    if columns.split is not None:
+        if files.validation or files.test or files.ood:
+            raise DataError(
+                f"--split-column: column {columns.split!r} names all sets of {files.train}; leave out --validation, "
+                "--test and --ood"
+            )
+        return divide(read_table(files.train, columns), columns.split)
+    named = {"train": files.train, "validation": files.validation, "test": files.test}
+    named.update({f"ood {name}": path for name, path in files.ood.items()})
+    return {split: read_table(path, columns) for split, path in named.items() if path is not None}
 
 
 def _splits(encoded: dict[str, EncodedDataset]) -> Splits:
