@@ -12,3 +12,7 @@ class DataError(ValueError):
 
 class BackboneMismatchError(ValueError):
     """A saved model was loaded onto a backbone other than the one it was trained on."""
+
+
+class DivergedError(ValueError):
+    """Training gave no finite prediction in any epoch; another learning rate may serve."""

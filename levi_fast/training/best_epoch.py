@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from levi_fast.errors import DivergedError
 from levi_fast.modeling import LeviModel
 from levi_fast.training.metrics import best_blend, blend_logits, compute_metrics, selection_key
 
@@ -86,10 +87,10 @@ class BestEpoch:
         """Give the model the best epoch's weights and blend, in eval mode.
 
         Raises:
-            ValueError: when no epoch gave finite predictions.
+            DivergedError: when no epoch gave finite predictions.
         """
         if self.best is None:
-            raise ValueError("training diverged: no epoch gave finite predictions; lower --learning-rate")
+            raise DivergedError("training diverged: no epoch gave finite predictions; lower --learning-rate")
         model.load_state_dict(self.weights)
         model.config.blend = self.best.blend
         model.eval()

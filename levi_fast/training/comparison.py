@@ -19,7 +19,7 @@ from torch import nn
 
 from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone
 from levi_fast.data.encoded import EncodedDataset
-from levi_fast.errors import DataError
+from levi_fast.errors import DataError, DivergedError
 from levi_fast.report.comparison_page import comparison_page
 from levi_fast.report.console import Console
 from levi_fast.report.metrics_file import versions, write_metrics
@@ -257,6 +257,7 @@ def _run_cell(
     best: MethodResult | None = None
     rate = 0.0
     started = time.perf_counter()
+    diverged: DivergedError | None = None
     with peak_memory() as peak:
         for options in _options(comparison, data, seed, method, device):
             try:
@@ -269,12 +270,14 @@ def _run_cell(
                     bank=group.bank,
                     keep_layers=True,
                 )
-            except ValueError as error:  # training that diverged
-                raise error if isinstance(error, DataError) else DataError(f"{method}: {error}") from error
+            except DivergedError as error:
+                diverged = error  # another learning rate may serve
+                continue
             if best is None or _key(result) > _key(best):
                 best, rate = result, options.backbone_learning_rate or options.learning_rate
+    if best is None:
+        raise DataError(f"{data.name}, seed {seed}, {method}: {diverged}") from diverged
     seconds = time.perf_counter() - started
-    assert best is not None
     figures = figures_of(best, group.splits)
     document = {
         "method": method,

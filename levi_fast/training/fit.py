@@ -128,7 +128,7 @@ def fit(
 
     Raises:
         DataError: for an unknown loop, one that cannot serve, or checkpoints of another run.
-        ValueError: when no epoch gave finite predictions.
+        DivergedError: when no epoch gave finite predictions.
     """
     started = time.perf_counter()
     backbone = model.backbone

@@ -214,7 +214,8 @@ def run_method(
 
     Raises:
         DataError: see :func:`method_config` and ``fit``.
-        ValueError: the taps cannot be found, or training diverged.
+        DivergedError: training gave no finite prediction.
+        ValueError: the taps cannot be found.
     """
     method = canonical(method)
     kind, own = find_method(method), method_config(method, config)

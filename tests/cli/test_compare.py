@@ -182,6 +182,21 @@ backbone_learning_rates: [0.001]
     assert data["methods"]["wise-ft"]["tests"]["ID"]["p_seeds"] is None
 
 
+def test_a_learning_rate_that_diverges_is_passed_over(levi_fast: Run, arguments: list[str], tmp_path: Path) -> None:
+    files = "{name: a, train: train.csv, test: test.csv, text_column: text, label_column: label}"
+    backbone = arguments[arguments.index("--backbone") + 1]
+    for rates, ends in (("[1.0e+38, 0.01]", 0), ("[1.0e+38]", 2)):
+        (tmp_path / "c.yaml").write_text(
+            f"data: [{files}]\nmethods: [taps-only]\nseeds: 0\nepochs: 2\nlearning_rates: {rates}\n"
+            f"backbone: {backbone}\n",
+            encoding="utf-8",
+        )
+        status, _, err = levi_fast("compare", str(tmp_path / "c.yaml"), "--output", str(tmp_path / f"c{ends}"))
+        assert status == ends, err
+    assert document(tmp_path / "c0")["data"]["a"]["methods"]["taps-only"]["chosen"][0]["learning_rate"] == 0.01
+    assert "a, seed 0, taps-only: training diverged" in err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -72,7 +72,7 @@ def main() -> None:
         found = {"losses": losses(trainer), "reduced": watch.reduced, "held": held}
         found["metrics"] = {name: metrics[name] for name in ("eval_loss", "eval_accuracy")}
         Path(folder, "end.json").write_text(json.dumps(found))
-    if torch.distributed.is_initialized():  # its threads must not outlive Python: that aborts the process now and then
+    if torch.distributed.is_initialized():  # threads that outlive Python abort the process now and then
         torch.distributed.destroy_process_group()
 
 

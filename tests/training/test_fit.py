@@ -15,7 +15,7 @@ import torch
 from levi_fast.backbones import load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.data.encoded import EncodedDataset
-from levi_fast.errors import DataError
+from levi_fast.errors import DataError, DivergedError
 from levi_fast.modeling import LeviModel, get_levi_model
 from levi_fast.training.features import precompute_taps, precompute_unique_taps, slice_taps
 from levi_fast.training.fit import TrainingOptions, fit, resolve_device
@@ -128,7 +128,7 @@ class TestFit:
         assert os.listdir(tmp_path) == []
 
     def test_a_training_that_diverges_says_so(self, model: LeviModel) -> None:
-        with pytest.raises(ValueError, match="lower --learning-rate"):
+        with pytest.raises(DivergedError, match="lower --learning-rate"):
             fit(model, dataset(), dataset(24, seed=1), TrainingOptions(epochs=1, learning_rate=1e38))
 
     def test_regression_comes_back_in_label_units(self, backbone: torch.nn.Module) -> None:

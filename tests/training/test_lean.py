@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from levi_fast.data.encoded import EncodedDataset
-from levi_fast.errors import DataError
+from levi_fast.errors import DataError, DivergedError
 from levi_fast.modeling import LeviModel
 from levi_fast.training import prefetch
 from levi_fast.training.best_epoch import FitResult
@@ -89,7 +89,7 @@ def test_a_model_without_a_task_model_is_not_handed_its_inputs(cached_task: Task
 
 
 def test_a_training_that_diverges_says_so(cached_task: Tasks) -> None:
-    with pytest.raises(ValueError, match="lower --learning-rate"):
+    with pytest.raises(DivergedError, match="lower --learning-rate"):
         trained(cached_task(), "lean", learning_rate=1e38)
 
 

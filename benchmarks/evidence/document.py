@@ -1,0 +1,132 @@
+"""Fill docs/evidence.md from the JSON files under benchmarks/results/: its tables, and the plots beside it.
+
+    python benchmarks/evidence/document.py
+
+A table stands between ``<!-- KIND FILE ... -->`` and ``<!-- end -->``; what stands between them is written anew. KIND
+is ``methods FILE DATA``, ``ablations FILE`` or ``sizes FILE``. No figure is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from levi_fast.report.tables import METHOD_TITLES
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE, PLOTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence"
+_SHARES = ("accuracy", "macro_f1")
+_TABLE = re.compile(r"(<!-- (?P<kind>methods|ablations|sizes) (?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(name: str) -> dict[str, Any]:
+    """One results file, by its name without ``.json``."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def filled(text: str) -> str:
+    """The page with every table written anew."""
+    makers: dict[str, Callable[..., str]] = {"methods": methods, "ablations": ablations, "sizes": sizes}
+
+    def table(found: re.Match[str]) -> str:
+        name, *more = found["words"].split()
+        return f"{found[1]}{makers[found['kind']](read(name), *more)}\n{found[4]}"
+
+    return _TABLE.sub(table, text)
+
+
+def methods(document: Mapping[str, Any], data: str) -> str:
+    """Methods × splits: mean ± standard deviation; the best mean of a column is bold.
+
+    ``=`` marks what the paired test over examples cannot tell from the reference (Holm-corrected p of 0.05 or more),
+    ``<`` what it finds worse and ``>`` what it finds better.
+    """
+    found = document["data"][data]
+    metric, lower, splits = found["metric"], found["lower_is_better"], list(found["splits"])
+    rows = {
+        name: {**{s: row["scores"][s] for s in splits}, "OOD mean": _mean_of_ood(row["scores"], splits)}
+        for name, row in found["methods"].items()
+    }
+    columns = [*splits, "OOD mean"] if len(splits) > 2 else splits
+    best = {c: (min if lower else max)(rows, key=lambda name: rows[name][c]["mean"]) for c in columns}
+    lines = [_row([f"{metric} {'↓' if lower else '↑'}", *columns]), _row(["---", *["---:"] * len(columns)])]
+    for name, row in rows.items():
+        tests = found["methods"][name].get("tests", {})
+        cells = []
+        for column in columns:
+            shown = _cell(row[column], metric)
+            shown = f"**{shown}**" if best[column] == name else shown
+            mark = _mark(tests[column]) if column in tests else ""
+            cells.append(f"{shown} {mark}".strip())
+        lines.append(_row([METHOD_TITLES.get(name, name), *cells]))
+    return "\n".join(lines)
+
+
+def ablations(document: Mapping[str, Any]) -> str:
+    """Every variant but the training sizes, and how far from the default it is, seed by seed."""
+    variants = {k: v for k, v in document["variants"].items() if v["group"] != "training size"}
+    metric = document["metric"]
+    base = variants["levi"]["scores"]
+    lines = [_row([metric, "ID", "OOD mean", "OOD mean, less the default's"]), _row(["---", "---:", "---:", "---:"])]
+    for name, row in variants.items():
+        cells = [_cell(row["scores"][split], metric) for split in ("ID", "mean of OOD")]
+        pairs = zip(row["scores"]["mean of OOD"]["seeds"], base["mean of OOD"]["seeds"], strict=True)
+        cells.append("" if name == "levi" else _cell(_figure([a - b for a, b in pairs]), metric, sign="+"))
+        lines.append(_row(["levi (defaults)" if name == "levi" else name, *cells]))
+    return "\n".join(lines)
+
+
+def sizes(document: Mapping[str, Any]) -> str:
+    """Training rows × methods: OOD mean (ID in brackets)."""
+    found: dict[int, dict[str, str]] = {}
+    for name, row in document["variants"].items():
+        if row["group"] == "training size":
+            shown = [_cell(row["scores"][split], document["metric"]) for split in ("mean of OOD", "ID")]
+            found.setdefault(row["training_rows"], {})[name.partition(",")[0]] = f"{shown[0]} ({shown[1]})"
+    columns = list(next(iter(found.values())))
+    lines = [_row(["training rows", *(METHOD_TITLES.get(c, c) for c in columns)])]
+    lines.append(_row(["---:", *["---:"] * len(columns)]))
+    lines += [_row([f"{rows:,}", *(row[c] for c in columns)]) for rows, row in sorted(found.items())]
+    return "\n".join(lines)
+
+
+def _mean_of_ood(scores: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Any]:
+    return _figure([sum(v) / len(v) for v in zip(*(scores[s]["values"] for s in splits[1:]), strict=True)])
+
+
+def _figure(values: Sequence[float]) -> dict[str, Any]:
+    mean = sum(values) / len(values)
+    sd = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
+    return {"mean": mean, "sd": sd}
+
+
+def _mark(test: Mapping[str, Any]) -> str:
+    p = test["p_examples_holm"]
+    if p is None or p >= 0.05:
+        return "="
+    return "&lt;" if test["difference"] > 0 else "&gt;"  # the difference is of errors
+
+
+def _cell(figure: Mapping[str, Any], metric: str, sign: str = "") -> str:
+    scale, digits = (100, 1) if metric in _SHARES else (1, 3)
+    shown = f"{scale * figure['mean']:{sign}.{digits}f}"
+    return shown if figure["sd"] is None else f"{shown} ± {scale * figure['sd']:.{digits}f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    from plots import draw
+
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(PLOTS)
+
+
+if __name__ == "__main__":
+    main()
