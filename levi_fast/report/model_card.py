@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from levi_fast.config import LeviConfig
-from levi_fast.report.tables import METRIC_TITLES, figure
+from levi_fast.report.tables import METHOD_TITLES, METRIC_TITLES, figure
+from levi_fast.training.methods import METHODS
 from levi_fast.training.metrics import LOWER_IS_BETTER
 
 PIPELINES = {
@@ -20,11 +21,9 @@ _TEMPLATE = """---
 {{ card_data }}
 ---
 
-# LEVI on {{ backbone }}
+# {{ title }}
 
-A frozen backbone, read at several depths, combined layer by layer with a small task model trained from scratch: LEVI,
-*Layer-wise Ensemble of Different Views* (Roh et al., ICML 2024, arXiv 2402.04644), trained with levi_fast
-{{ versions.levi_fast }}. This folder holds the trained part{{ carried }}.
+{{ description }} Trained with levi_fast {{ versions.levi_fast }}. This folder holds the trained part{{ carried }}.
 
 ## Data
 
@@ -66,11 +65,12 @@ def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[
     on_hub = config.backbone is not None and not config.backbone.startswith(".")
     pipeline_tag = PIPELINES.get(str(config.problem_type)) if config.tap_layers is not None else None
     scored = list(document["id"])
+    frozen = config.backbone_training == "frozen" and config.tap_layers is not None
     card_data = ModelCardData(
         base_model=config.backbone if on_hub else None,
         library_name="levi_fast",
         pipeline_tag=pipeline_tag,
-        tags=["levi", "out-of-distribution", "frozen-backbone"],
+        tags=["levi", "out-of-distribution", *(["frozen-backbone"] if frozen else [])],
         metrics=[name for name in scored if name in ("accuracy", "rmse", "mae")] or None,
     )
     settings = {
@@ -93,7 +93,8 @@ def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[
         document=document,
         versions=document["versions"],
         version_list=", ".join(f"{name} {version}" for name, version in document["versions"].items()),
-        backbone=backbone,
+        title=f"{METHOD_TITLES[document['method']]}, on {backbone}",
+        description=_description(document["method"], config),
         carried=" and the backbone" if include_backbone else ", not the backbone's weights",
         data=_data(document, reads),
         blend=f"{config.blend:g}",
@@ -102,6 +103,22 @@ def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[
         settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
     )
     return str(card)
+
+
+def _description(method: str, config: LeviConfig) -> str:
+    """What was trained: LEVI as it is, or the baseline that the folder holds."""
+    if not method.startswith("levi"):
+        return f"A baseline of LEVI: {METHOD_TITLES[method]} ({METHODS[method].source})."
+    backbone = {
+        "frozen": "A frozen backbone",
+        "lora": "A backbone with trained adapters",
+        "full": "A trained backbone",
+    }
+    depths = "read at its last layer" if method == "levi-last-tap" else "read at several depths"
+    return (
+        f"{backbone[config.backbone_training]}, {depths}, combined layer by layer with a small task model trained "
+        f"from scratch: LEVI, *Layer-wise Ensemble of Different Views* (Roh et al., ICML 2024, arXiv 2402.04644)."
+    )
 
 
 def _data(document: Mapping[str, Any], reads: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ def test_model_card_and_pipeline(
         f"{100 * metrics['id']['accuracy']:.1f} %" in card
         and f"{100 * metrics['ood']['new']['accuracy']:.1f} %" in card
     )
+    assert "\n# LEVI, on ../backbone\n\nA frozen backbone, read at several depths" in card
     assert "- training rows: 36\n" in card and "- columns read: text\n" in card
     for file in folder.iterdir():  # whoever gets the folder learns nothing about the machine it was made on
         assert str(tmp_path).encode() not in file.read_bytes() and tiny_bert_dir.encode() not in file.read_bytes(), (
@@ -52,6 +53,18 @@ def test_model_card_and_pipeline(
     texts = column(Path(data), "text")
     answers = pipeline("text-classification", model=str(folder))(texts, truncation=True)
     assert [answer["label"] for answer in answers] == column(tmp_path / "predictions.csv", "prediction")
+
+
+def test_the_card_of_a_baseline_says_what_it_is(levi_fast: Run, train_arguments: list[str], tmp_path: Path) -> None:
+    for method, words in (("linear-probe", "A baseline of LEVI: linear probe, last layer (Alain & Bengio 2016"),
+                          ("fine-tuning", "A baseline of LEVI: full fine-tuning (Devlin et al. 2019")):  # fmt: skip
+        folder = tmp_path / method
+        more = ["--method", method, "--epochs", "1", "--output", str(folder)]
+        status, _, err = levi_fast(*train_arguments, *more)
+        assert status == 0, err
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert words in card
+        assert ("frozen-backbone" in yaml.safe_load(card.split("---")[1])["tags"]) == (method == "linear-probe")
 
 
 def test_backbone_in_the_folder(
