@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from levi_fast.config_checks import check_sizes, read_json
 from levi_fast.errors import DataError
 from levi_fast.layers import stack_path
+from levi_fast.offloading import stored_weight, tied_names
 from levi_fast.quantization import quantize_int8
 from levi_fast.selection import resolve_taps
 
@@ -256,23 +257,33 @@ def fingerprint(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: int)
         layers: its stack of layers, as :func:`levi_fast.layers.find_layers` gives it.
         last_tap: index of the last tapped layer.
 
+    Weights that accelerate has offloaded are read one by one, at most as many at a time as there are threads; the
+    fingerprint is that of the same backbone in memory.
+
     Raises:
-        ValueError: if a weight has no data here (meta device).
+        ValueError: if a weight has no data: it is on the meta device, and accelerate does not know it.
     """
     skipped = _prefixes_after(backbone, layers, last_tap)
-    tensors: dict[int, Tensor] = {}  # by identity: tied weights count once
-    for name, value in backbone.state_dict(keep_vars=True).items():
-        if not name.startswith(skipped):
-            tensors.update((id(tensor), tensor) for tensor in _tensors_of(value))
+    state, tied = backbone.state_dict(keep_vars=True), tied_names(backbone)
+    parts: dict[int, tuple[str, Any]] = {}  # by identity: tied weights count once
+    for name, value in state.items():
+        if name.startswith(skipped):
+            continue
+        first = tied.get(name) if isinstance(value, Tensor) and value.is_meta else None
+        one = state.get(first, value) if first is not None else value
+        for part in [one] if isinstance(one, Tensor) and one.is_meta else _tensors_of(one):
+            parts.setdefault(id(part), (name, part))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
-        digests = sorted(pool.map(_tensor_digest, tensors.values()))
+        found = list(pool.map(lambda part: _digests(backbone, *part), parts.values()))
+    digests = sorted(digest for part in found for digest, _ in part)
     total = hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
     kind = getattr(getattr(backbone, "config", None), "model_type", type(backbone).__name__)
     dtypes = sorted(
         {
-            str(t.dtype).removeprefix("torch.")
-            for t in tensors.values()
-            if t.is_floating_point() or t.dtype == torch.int8
+            str(dtype).removeprefix("torch.")
+            for part in found
+            for _, dtype in part
+            if dtype.is_floating_point or dtype == torch.int8
         }
     )
     return f"{kind}:{'+'.join(dtypes)}:{total}"
@@ -309,9 +320,12 @@ def _tensors_of(value: Any) -> list[Tensor]:
     return [value.int_repr(), scale.float(), zero]
 
 
+def _digests(backbone: nn.Module, name: str, tensor: Tensor) -> list[tuple[str, torch.dtype]]:
+    """Digest and dtype of a weight, of each of its tensors where it is made of several."""
+    return [(_tensor_digest(part), part.dtype) for part in _tensors_of(stored_weight(backbone, name, tensor))]
+
+
 def _tensor_digest(tensor: Tensor) -> str:
-    if tensor.is_meta:
-        raise ValueError("backbone: its weights are on the meta device; load them before building a LEVI model")
     data = tensor.detach().cpu().contiguous()
     header = f"{data.dtype}{list(data.shape)}".encode()
     digest = hashlib.sha256(header)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -41,6 +42,7 @@ from levi_fast.model_folder import (
 )
 from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
 from levi_fast.objective import objective_loss
+from levi_fast.offloading import is_offloaded, is_placed, leave_backbone_alone, save_offloaded
 from levi_fast.quantization import backbone_dtype
 from levi_fast.reference import blend
 from levi_fast.storage import staged_directory
@@ -101,6 +103,11 @@ class LeviModel(PreTrainedModel):
         self.backbone = backbone
         self.extractor: TapExtractor | None = None
         if backbone is not None:
+            if config.backbone_training != "frozen" and is_placed(backbone):
+                raise ValueError(
+                    f"backbone: one that accelerate has placed or offloaded can only be frozen, and "
+                    f"backbone_training is {config.backbone_training!r}"
+                )
             if config.backbone_training == "lora":
                 add_lora(backbone, cast(dict[str, Any], config.lora))
             self.extractor = TapExtractor(
@@ -112,6 +119,8 @@ class LeviModel(PreTrainedModel):
             )
             if config.backbone_training == "full":
                 train_up_to(backbone, self.extractor.blocks, self.extractor.layers[-1])
+            if is_placed(backbone):
+                leave_backbone_alone(self)  # each process has its own
         self._task_inputs, self._task_takes_all = keyword_names(self.task_model)
         self.post_init()
         self.register_state_dict_post_hook(drop_untrained)
@@ -149,9 +158,21 @@ class LeviModel(PreTrainedModel):
         """As ``nn.Module``'s; a state without the backbone's weights, as ``state_dict`` gives it, leaves it alone."""
         if self.config.backbone_training != "frozen" or any(name.startswith(PREFIX) for name in state_dict):
             return super().load_state_dict(state_dict, *arguments, **keywords)
-        backbone, self.backbone = self.backbone, None  # a quantised layer raises where its weights are not there
-        try:
+        with self._without_backbone():  # a quantised layer raises where its weights are not there
             return super().load_state_dict(state_dict, *arguments, **keywords)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``cuda``, ``half`` and so on do; a backbone that accelerate has placed stays as it is."""
+        if self.backbone is None or not is_placed(self.backbone):
+            return super()._apply(fn, recurse)
+        with self._without_backbone():
+            return super()._apply(fn, recurse)
+
+    @contextlib.contextmanager
+    def _without_backbone(self) -> Iterator[None]:
+        backbone, self.backbone = self.backbone, None
+        try:
+            yield
         finally:
             self.backbone = backbone
 
@@ -301,8 +322,11 @@ class LeviModel(PreTrainedModel):
         try:
             with staged_directory(folder) as stage:
                 super().save_pretrained(stage, *args, **kwargs)
-                if include_backbone:
-                    cast(PreTrainedModel, self.backbone).save_pretrained(stage / BACKBONE_FOLDER)
+                backbone = cast(PreTrainedModel, self.backbone)
+                if include_backbone and is_offloaded(backbone):
+                    save_offloaded(backbone, stage / BACKBONE_FOLDER)
+                elif include_backbone:
+                    backbone.save_pretrained(stage / BACKBONE_FOLDER)
         finally:
             self.config = in_memory
         if push:
@@ -396,7 +420,7 @@ class LeviModel(PreTrainedModel):
             if self.extractor is None:
                 raise ValueError("taps: expected precomputed taps, as this model was loaded without its backbone")
             accepted = {name: value for name, value in given.items() if name in self.extractor.input_names}
-            return _cast(self.extractor(**accepted), self.ensemble.bias.dtype)
+            return _as(self.extractor(**accepted), self.ensemble.bias)
         if taps.dim() != 2 or taps.shape[1] != sum(widths):
             raise ValueError(f"taps: expected [B, {sum(widths)}], got {list(taps.shape)}")
         taps = taps.to(self.ensemble.bias.dtype)
@@ -512,5 +536,6 @@ def _warn_of_other_objective() -> None:
     )
 
 
-def _cast(taps: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
-    return taps.to(dtype) if isinstance(taps, Tensor) else [tap.to(dtype) for tap in taps]
+def _as(taps: Tensor | list[Tensor], other: Tensor) -> Tensor | list[Tensor]:
+    """In another tensor's dtype, and on its device: that of an offloaded backbone may differ."""
+    return taps.to(other) if isinstance(taps, Tensor) else [tap.to(other) for tap in taps]

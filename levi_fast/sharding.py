@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from levi_fast.backbone_training import PREFIX
 from levi_fast.modeling import LeviModel
+from levi_fast.offloading import is_placed, leave_backbone_alone
 
 
 def shard_backbone(model: LeviModel, mesh: Any = None) -> None:
@@ -26,7 +25,7 @@ def shard_backbone(model: LeviModel, mesh: Any = None) -> None:
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised.
-        ValueError: the model has no backbone, or one that is trained: let accelerate shard that.
+        ValueError: the model has no backbone, or one that is trained (let accelerate shard that) or offloaded.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -37,6 +36,8 @@ def shard_backbone(model: LeviModel, mesh: Any = None) -> None:
         raise ValueError(
             f"model: expected a frozen backbone, and backbone_training is {model.config.backbone_training!r}"
         )
+    if is_placed(model.backbone):
+        raise ValueError("model: expected a backbone to shard, and accelerate has placed or offloaded this one")
     if not torch.distributed.is_initialized():
         raise RuntimeError("shard_backbone: torch.distributed is not initialised; start the processes with torchrun")
     runner = model.extractor.runner
@@ -47,12 +48,6 @@ def shard_backbone(model: LeviModel, mesh: Any = None) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(runner, mesh=mesh)
     leave_backbone_alone(model)
-
-
-def leave_backbone_alone(model: LeviModel) -> None:
-    """Tell DistributedDataParallel not to touch the backbone: it would broadcast it to every process."""
-    inside = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name.startswith(PREFIX)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, inside)
 
 
 def bytes_here(module: nn.Module) -> int:

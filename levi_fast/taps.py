@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from levi_fast.functional import masked_mean_pool, masked_mean_pool_into
 from levi_fast.layers import find_stacks, with_decoder_inputs
+from levi_fast.offloading import after_interrupted_forward, modules_above
 from levi_fast.selection import resolve_taps
 
 Pooling = Literal["mean", "cls", "last", "token"]
@@ -76,6 +77,7 @@ class TapExtractor:
         if pooling == "token" and self._first_decoder_block is not None:
             raise ValueError("pooling: 'token' is for one stack of layers; a decoder's tokens are moved by one place")
         self._accepted = _accepted_arguments(self.runner)
+        self._interrupted = modules_above(self.runner, self.blocks[self.layers[-1]])
         self.trained = trained
         if not trained:
             self.freeze()
@@ -137,7 +139,7 @@ class TapExtractor:
             with torch.set_grad_enabled(with_gradients):
                 self.runner(**arguments)
         except _LastTapReached:
-            pass
+            after_interrupted_forward(self._interrupted)
         finally:
             for handle in handles:
                 handle.remove()
@@ -158,7 +160,8 @@ class TapExtractor:
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output if isinstance(output, Tensor) else output[0]
-            pooled.put(position, hidden, mask, self.pooling)
+            # A backbone that is spread over devices runs elsewhere than where its inputs were.
+            pooled.put(position, hidden, None if mask is None else mask.to(hidden.device), self.pooling)
             if last:
                 raise _LastTapReached
 
@@ -193,7 +196,7 @@ class _Bank:
         if self._bank is not None and len(self._inside) == len(taps):
             return self._bank
         if len({tap.shape[1] for tap in taps}) == 1:
-            return torch.stack(taps)
+            return torch.stack([tap.to(taps[0].device) for tap in taps])
         # A row must not keep the whole bank alive.
         return [tap.clone() if position in self._inside else tap for position, tap in enumerate(taps)]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from levi_fast.offloading import input_device
 from levi_fast.taps import TapExtractor
 
 
@@ -26,15 +27,15 @@ def measure_widths(extractor: TapExtractor) -> list[int]:
 
 
 def _dummy_inputs(extractor: TapExtractor, config: Any) -> dict[str, torch.Tensor]:
-    parameter = next(extractor.backbone.parameters(), torch.empty(0))
+    dtype, device = next(extractor.backbone.parameters(), torch.empty(0)).dtype, input_device(extractor.backbone)
     if extractor.accepts("pixel_values"):
         size = getattr(config, "image_size", None) or 224
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = getattr(config, "num_channels", None) or 3
-        pixels = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
+        pixels = torch.zeros(1, channels, height, width, dtype=dtype, device=device)
         return {"pixel_values": pixels}
     if extractor.accepts("input_ids"):
-        return {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device=parameter.device)}
+        return {"input_ids": torch.zeros(1, 4, dtype=torch.int64, device=device)}
     raise ValueError(
         f"backbone: the widths of {type(extractor.backbone).__name__}'s layers cannot be told from its config; "
         "give its config a hidden_size"

@@ -25,6 +25,7 @@ from levi_fast.cache.store import Store, damage, open_store, read_manifest
 from levi_fast.cache.weights import describe_files, weight_files
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.errors import DataError
+from levi_fast.offloading import input_device, is_placed
 from levi_fast.quantization import backbone_dtype as kept_dtype
 from levi_fast.taps import Pooling, TapExtractor
 from levi_fast.widths import measure_widths
@@ -116,7 +117,7 @@ class ActivationCache(Mapping[str, CachedTaps]):
             pad_token_id: fills up shorter ``input_ids`` of mappings; the preprocessor's by default, else 0.
             batch_size: rows per forward pass. Of an existing cache, its own.
             batches_per_shard: how much work a shard is. Of an existing cache, its own.
-            device: where the backbone runs; where it is by default.
+            device: where the backbone runs; where it is by default, and None for one that accelerate has placed.
             overwrite: replace a cache that was built from something else.
             progress: called with (entries done, entries in all) of this process.
             on_estimate: called with size and time before the first shard; a few batches are timed for it, and kept.
@@ -309,12 +310,14 @@ def _job(
         raise DataError(str(error)) from error
     if extractor.pooling == "token":
         raise DataError("pooling: a cache holds one row of taps a text, and 'token' has one a token")
+    if device is not None and is_placed(extractor.backbone):
+        raise DataError("device: accelerate has placed this backbone; expected None")
     if device is not None:
         extractor.backbone.to(device)
     pad = pad_token_id if pad_token_id is not None else getattr(preprocessor, "pad_token_id", None)
     named = data if isinstance(data, Mapping) else {"data": data}
     sources = find_sources(named, extractor, views=views, view_seed=view_seed, pad_token_id=pad or 0)
-    parameter = next(extractor.backbone.parameters(), torch.empty(0))
+    runs_on = input_device(extractor.backbone)
     key = {
         "fingerprint": fingerprint(extractor.runner, extractor.blocks, extractor.layers[-1]),
         "backbone_dtype": kept_dtype(extractor.backbone),
@@ -337,9 +340,9 @@ def _job(
     }
     environment = {
         "torch": torch.__version__,
-        "device": parameter.device.type,
+        "device": runs_on.type,
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
     }
     layout = {"batch_size": batch_size, "batches_per_shard": batches_per_shard}
-    return Job(extractor, sources, Manifest(key, about, layout, environment, {}), parameter.device)
+    return Job(extractor, sources, Manifest(key, about, layout, environment, {}), runs_on)

@@ -25,6 +25,7 @@ from levi_fast.export.modules import ServingHead, ServingModel
 from levi_fast.export.tracing import custom_ops, trace
 from levi_fast.kernels import native
 from levi_fast.modeling import LeviModel
+from levi_fast.offloading import is_placed
 from levi_fast.storage import staged_directory, write_atomic
 
 FORMATS = ("pt2", "onnx", "aoti")
@@ -174,6 +175,8 @@ def _check(model: LeviModel, file: Path, format: str, head_only: bool, ops: str,
         raise DataError("model: taps of a decoder beside an encoder cannot be traced; export the head (--head-only)")
     if not head_only and model.config.backbone_dtype == "int8":
         raise DataError("model: an int8 backbone cannot be traced; export the head alone (--head-only)")
+    if not head_only and model.backbone is not None and is_placed(model.backbone):
+        raise DataError("model: an offloaded backbone cannot be traced; load it whole, or export the head alone")
     formats.require_tools(format, verify)
     return folder
 
