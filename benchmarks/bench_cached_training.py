@@ -39,9 +39,9 @@ from levi_fast.storage import write_atomic
 from levi_fast.training import prefetch
 from levi_fast.training.fit import TrainingOptions, fit
 from levi_fast.training.lean import clip_gradients, epoch_rows
+from levi_fast.training.named_tasks import TASK_TRAINING
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 from levi_fast.training.runs import Splits, task_inputs
-from levi_fast.training.tasks import TASK_TRAINING
 
 RESULTS = Path(__file__).parent / "results" / "cached_training_cpu.json"
 GROWTH_WIDTH, GROWTH_BATCH = 384, 128

@@ -43,9 +43,9 @@ from levi_fast import (
 from levi_fast.functional import layerwise_loss
 from levi_fast.storage import write_atomic
 from levi_fast.training.fit import TrainingOptions, fit
+from levi_fast.training.named_tasks import TASK_TRAINING
 from levi_fast.training.runs import Splits, score, task_inputs
 from levi_fast.training.sweep import Head, HeadResult, train_heads
-from levi_fast.training.tasks import TASK_TRAINING
 
 RESULTS = Path(__file__).parent / "results" / "many_heads_cpu.json"
 SEEDS, RATES = range(8), (1e-3, 3e-4)

@@ -26,9 +26,9 @@ from levi_fast.kernels import use_backend
 from levi_fast.modeling import LeviModel, get_levi_model
 from levi_fast.storage import write_atomic
 from levi_fast.training.fit import TrainingOptions, fit
+from levi_fast.training.named_tasks import TASK_TRAINING, MovieLensSplits
 from levi_fast.training.prediction import predict
 from levi_fast.training.runs import Splits, TapBank, score
-from levi_fast.training.tasks import TASK_TRAINING, MovieLensSplits
 
 
 def train(model: LeviModel, splits: Splits, options: TrainingOptions) -> dict[str, Any]:

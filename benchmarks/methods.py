@@ -30,8 +30,9 @@ from levi_fast.data.tables import Columns
 from levi_fast.storage import write_atomic
 from levi_fast.training.fit import TrainingOptions
 from levi_fast.training.methods import METHODS
+from levi_fast.training.named_tasks import TASK_TRAINING, MovieLensSplits
 from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
-from levi_fast.training.tasks import TASK_TRAINING, MovieLensSplits, TableFiles, TableTask
+from levi_fast.training.tasks import TableFiles, TableTask
 
 PARTS = ("levi", "linear-probe", "taps-only", "task-model")
 

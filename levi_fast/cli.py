@@ -25,7 +25,9 @@ from levi_fast.cli_options import (
     DeviceOption,
     LabelColumnOption,
     LabelSeparatorOption,
+    MaxEvalRowsOption,
     MaxLengthOption,
+    MaxTrainRowsOption,
     NumericColumnOption,
     OodOption,
     PoolingOption,
@@ -80,7 +82,9 @@ def train(
     max_length: MaxLengthOption = None,
     task_name: TaskNameOption = None,
     data: TaskDataOption = None,
-    split: SplitOption = "genres",
+    split: SplitOption = None,
+    max_train_rows: MaxTrainRowsOption = None,
+    max_eval_rows: MaxEvalRowsOption = None,
     backbone: BackboneOption = None,
     backbone_dtype: BackboneDtypeOption = None,
     backbone_layers: Annotated[
@@ -236,7 +240,8 @@ def train(
         train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
         numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,
         problem_type=problem_type, label_separator=label_separator, max_length=max_length, task_name=task_name,
-        split_column=split_column, data=data, split=split,
+        split_column=split_column, data=data, split=split, max_train_rows=max_train_rows,
+        max_eval_rows=max_eval_rows,
     )  # fmt: skip
     model_fields: dict[str, Any] = {
         "pooling": pooling,
@@ -255,8 +260,8 @@ def train(
     from levi_fast.report.console import Console
     from levi_fast.training.commands import train as run
     from levi_fast.training.fit import TrainingOptions
+    from levi_fast.training.named_tasks import TASK_TRAINING
     from levi_fast.training.request import TrainRequest
-    from levi_fast.training.tasks import TASK_TRAINING
 
     schedule = {**TASK_TRAINING.get(task_name or "", {})}
     schedule.update({k: v for k, v in (("epochs", epochs), ("batch_size", batch_size)) if v is not None})
@@ -300,7 +305,7 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="Rows with the same columns (movielens: its folder).", rich_help_panel=DATA
+            metavar="FILE", help="Rows with the same columns (of a named data set: its folder).", rich_help_panel=DATA
         ),
     ],
     output: Annotated[

@@ -63,7 +63,7 @@ def compare(
     max_length: MaxLengthOption = None,
     task_name: TaskNameOption = None,
     data: TaskDataOption = None,
-    split: SplitOption = "genres",
+    split: SplitOption = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -124,14 +124,15 @@ def compare(
         comparison = read_comparison(spec)
     else:
         if train_file is None and task_name is None:
-            raise DataError("expected FILE.yaml, --train FILE with --label-column, or --task-name movielens")
+            raise DataError("expected FILE.yaml, --train FILE with --label-column, or --task-name with --data")
         fields = data_fields(
             train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
             numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,
             problem_type=problem_type, label_separator=label_separator, max_length=None, task_name=task_name,
             split_column=split_column, data=data, split=split,
         )  # fmt: skip
-        fields.pop("max_length")
+        for shared in ("max_length", "max_train_rows", "max_eval_rows"):
+            fields.pop(shared)
         comparison = Comparison(
             [ComparedData(task_name or "data", fields)],
             parse_methods(methods or DEFAULT_METHODS),

@@ -88,13 +88,27 @@ MaxLengthOption = Annotated[
     ),
 ]
 TaskNameOption = Annotated[
-    str | None, typer.Option(help="A named data set in place of --train: movielens.", rich_help_panel=DATA)
+    str | None, typer.Option(help="A named data set in place of --train: movielens or amazon.", rich_help_panel=DATA)
 ]
 TaskDataOption = Annotated[
-    str | None, typer.Option(metavar="DIR", help="The folder of the named data set.", rich_help_panel=DATA)
+    str | None,
+    typer.Option(metavar="DIR", help="The folder (or file) of the named data set.", rich_help_panel=DATA),
 ]
 SplitOption = Annotated[
-    str, typer.Option(help="movielens: what is held out as OOD, genres or years.", rich_help_panel=DATA)
+    str | None,
+    typer.Option(
+        help="movielens: what is held out as OOD, genres (the default) or years. amazon: the categories to train on, "
+        "separated by commas; the others are OOD.",
+        rich_help_panel=DATA,
+    ),
+]
+MaxTrainRowsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="amazon: draw that many training rows.", show_default="20000", rich_help_panel=DATA),
+]
+MaxEvalRowsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="amazon: and of every other set.", show_default="2000", rich_help_panel=DATA),
 ]
 BackboneOption = Annotated[
     str | None,
@@ -183,7 +197,9 @@ def data_fields(
     max_length: int | None,
     task_name: str | None,
     data: str | None,
-    split: str,
+    split: str | None,
+    max_train_rows: int | None = None,
+    max_eval_rows: int | None = None,
 ) -> dict[str, Any]:
     """The fields of a ``TrainRequest`` that say which data is meant.
 
@@ -198,6 +214,8 @@ def data_fields(
         raise DataError("--task-name brings its own data: leave out --train, --validation, --test, --ood and columns")
     if task_name is None and data is not None:
         raise DataError("--data: only with --task-name; give your own files with --train")
+    if task_name != "amazon" and (max_train_rows is not None or max_eval_rows is not None):
+        raise DataError("--max-train-rows, --max-eval-rows: only with --task-name amazon; other data is read whole")
     oods = parse_ood(ood or [])
     columns = Columns(
         tuple(text_column or ()),
@@ -217,6 +235,8 @@ def data_fields(
         "task_name": task_name,
         "data": data,
         "split": split,
+        "max_train_rows": max_train_rows,
+        "max_eval_rows": max_eval_rows,
     }
 
 

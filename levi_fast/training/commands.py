@@ -31,11 +31,12 @@ from levi_fast.training.cached import cached_taps
 from levi_fast.training.checkpoints import Checkpoints
 from levi_fast.training.fit import resolve_device, rows_and_options
 from levi_fast.training.methods import find_method, method_config
+from levi_fast.training.named_tasks import NamedTask
 from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.request import TrainRequest, cache_request, checkpoint_options, load_task
 from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
 from levi_fast.training.tap_selection import TapSelection, select_taps
-from levi_fast.training.tasks import MovieLensSplits, TableTask
+from levi_fast.training.tasks import TableTask
 
 
 def train(request: TrainRequest, console: Console) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class Prepared:
     name: str
     backbone: nn.Module | BackboneRecord | None
     tokenizer: Any
-    task: TableTask | MovieLensSplits
+    task: NamedTask
     splits: Splits
     spec: dict[str, Any] | None
     config: LeviConfig

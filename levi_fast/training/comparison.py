@@ -34,14 +34,14 @@ from levi_fast.training.fit import BACKBONE_LEARNING_RATES, TrainingOptions
 from levi_fast.training.memory import peak_memory
 from levi_fast.training.methods import find_method, method_config
 from levi_fast.training.metrics import SELECTION_METRIC, selection_key
+from levi_fast.training.named_tasks import TASK_TRAINING
 from levi_fast.training.request import TrainRequest
 from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
-from levi_fast.training.tasks import TASK_TRAINING
 
 PAGE, DOCUMENT = "comparison.html", "comparison.json"
 BACKBONE_EPOCHS = 3
 _MODEL_SETTINGS = ("taps", "pooling", "hidden_width")
-_REQUEST_SETTINGS = ("backbone", "backbone_dtype", "task_model", "max_length")
+_REQUEST_SETTINGS = ("backbone", "backbone_dtype", "task_model", "max_length", "max_train_rows", "max_eval_rows")
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _settings(comparison: Comparison, data: ComparedData, seed: int, method: str
     """All that a cell's figures depend on, the data's content aside."""
     shared = comparison.settings
     source = {k: asdict(v) if hasattr(v, "__dataclass_fields__") else v for k, v in data.fields.items()}
-    names = ("max_train_rows", "max_eval_rows", *_MODEL_SETTINGS, *_REQUEST_SETTINGS)
+    names = (*_MODEL_SETTINGS, *_REQUEST_SETTINGS)
     settings = {
         "data": source,
         **{name: shared.get(name) for name in names},

@@ -12,6 +12,7 @@
         label_column: label
       - {name: comments, train: all.csv, split_column: split, text_column: comment_text, label_column: toxic}
       - {name: movies, task_name: movielens, data: ml-latest-small, split: genres}
+      - {name: products, task_name: amazon, data: amazon, split: [Books, Movies_and_TV]}
     methods: [levi, linear-probe]   # the first is what the others are compared with
     seeds: 0-4                      # or a list
     max_train_rows: 2000            # optional: that many training rows, drawn once
@@ -186,9 +187,11 @@ def _data(entry: Any, folder: Path) -> ComparedData:
 
     if entry.get("task_name") is not None:
         fields = {"task_name": entry["task_name"], "data": located(entry.get("data"))}
-        return ComparedData(name, {**fields, **({"split": entry["split"]} if "split" in entry else {})})
+        split = entry.get("split")
+        fields["split"] = ",".join(map(str, split)) if isinstance(split, list) else split
+        return ComparedData(name, {**fields, "problem_type": entry.get("problem_type")})
     if entry.get("train") is None:
-        raise DataError(f"data: {name}: expected train: FILE, or task_name: movielens with data: DIR")
+        raise DataError(f"data: {name}: expected train: FILE, or task_name with data: DIR")
     ood = entry.get("ood") or {}
     if not isinstance(ood, dict):
         raise DataError(f"data: {name}: ood: expected names with files, got {ood!r}")

@@ -21,9 +21,9 @@ from levi_fast.report.metrics_file import versions, write_metrics
 from levi_fast.report.tables import split_table
 from levi_fast.storage import write_atomic
 from levi_fast.training.fit import resolve_device
+from levi_fast.training.named_tasks import TASK_FILE, NamedTask, load_saved_task
 from levi_fast.training.prediction import predict, readable_predictions
 from levi_fast.training.runs import move, score
-from levi_fast.training.tasks import MovieLensSplits, saved_task
 
 
 def evaluate(
@@ -58,10 +58,10 @@ def evaluate(
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise DataError(f"{flag}: {Path(path).absolute().parent} is no folder")
     processor = TableProcessor.load(model_folder)
-    named = saved_task(model_folder)
+    if predictions is not None and (Path(model_folder) / TASK_FILE).is_file():
+        raise DataError("--predictions: only for models trained on your own files")
+    named = load_saved_task(model_folder, data)
     if named is not None:
-        if predictions is not None:
-            raise DataError("--predictions: only for models trained on your own files")
         return _evaluate_named(named, model_folder, data, processor, console, output, backbone, target_device)
     table = read_table(data, processor.columns, label_required=predictions is None)
     processor.check(table)
@@ -100,7 +100,7 @@ def _load_model(folder: str, backbone: str | None, console: Console) -> LeviMode
 
 
 def _evaluate_named(
-    named: dict[str, Any],
+    task: NamedTask,
     folder: str,
     data: str,
     processor: TableProcessor,
@@ -109,7 +109,7 @@ def _evaluate_named(
     backbone: str | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    task = MovieLensSplits.load(data, named["split"], named["seed"])
+    task.processor = processor  # label names and scale are the model's
     model = _load_model(folder, backbone, console)
     move(model, device)
     tokenizer = load_tokenizer(folder)
@@ -120,7 +120,7 @@ def _evaluate_named(
         ood = {name: score(model, dataset) for name, dataset in splits.ood.items()}
     rows = [("ID (test)", len(splits.test), id_metrics)]
     rows += [(f"OOD {name}", len(splits.ood[name]), scores) for name, scores in ood.items()]
-    console.table(split_table(f"{folder} on movielens", rows))
+    console.table(split_table(f"{folder} on {data}", rows))
     document = {"data": data, "id": id_metrics, "ood": ood, "sizes": splits.sizes(), "versions": versions()}
     if output is not None:
         write_metrics(output, document)

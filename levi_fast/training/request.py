@@ -18,9 +18,8 @@ from levi_fast.training.cached import CacheRequest
 from levi_fast.training.checkpoints import CheckpointOptions
 from levi_fast.training.fit import TrainingOptions, check_loop, resolve_device
 from levi_fast.training.methods import find_method
-from levi_fast.training.tasks import MovieLensSplits, TableFiles, TableTask
-
-NAMED_TASKS = ("movielens",)
+from levi_fast.training.named_tasks import NAMED_TASKS, NamedTask, load_named_task
+from levi_fast.training.tasks import TableFiles, TableTask
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,9 @@ class TrainRequest:
     label_separator: str = "|"
     task_name: str | None = None
     data: str | None = None
-    split: str = "genres"
+    split: str | None = None
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
     backbone: str | None = None
     backbone_dtype: str | None = None
     method: str = "levi"
@@ -74,7 +75,7 @@ class TrainRequest:
         return find_method(self.method).backbone_training or str(self.model.get("backbone_training", "frozen"))
 
 
-def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
+def load_task(request: TrainRequest) -> NamedTask:
     """Check a request, and read its data.
 
     Raises:
@@ -102,13 +103,18 @@ def load_task(request: TrainRequest) -> TableTask | MovieLensSplits:
     if request.backbone_batch_size < 1:
         raise DataError(f"--backbone-batch-size: expected at least 1, got {request.backbone_batch_size}")
     if request.task_name is not None:
-        if request.task_name not in NAMED_TASKS:
-            raise DataError(f"--task-name: expected {', '.join(NAMED_TASKS)}, got {request.task_name!r}")
-        if request.data is None:
-            raise DataError("--task-name movielens needs --data, the folder with ratings.csv and movies.csv")
-        return MovieLensSplits.load(request.data, request.split, request.options.seed)
+        return load_named_task(
+            request.task_name,
+            request.data,
+            split=request.split,
+            seed=request.options.seed,
+            problem_type=request.problem_type,
+            max_train_rows=request.max_train_rows,
+            max_eval_rows=request.max_eval_rows,
+        )
     if request.files is None:
-        raise DataError("expected --train FILE with --label-column, or --task-name movielens with --data DIR")
+        names = ", ".join(NAMED_TASKS)
+        raise DataError(f"expected --train FILE with --label-column, or --task-name ({names}) with --data")
     if request.columns.label is None:
         raise DataError("--label-column: expected the name of the column to predict")
     if not request.columns.text and method.has_backbone:

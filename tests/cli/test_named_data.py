@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +81,78 @@ class TestSplitColumn:
         named = ("--task-name", "movielens", "--data", str(tmp_path), "--split-column", "split")
         status, _, err = levi_fast("train", *named, "--output", str(tmp_path / "model"))
         assert status == 2 and "--task-name brings its own data" in err
+
+
+class TestAmazon:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """Two categories, the one in the format of 2018, gzipped, the other in that of 2023."""
+        folder = tmp_path / "amazon"
+        folder.mkdir()
+        words = ["awful bad book", "poor dull book", "the book", "good fine book", "great lovely book"]
+        stars = [1 + place % 5 for place in range(200)]
+        old = [
+            {
+                "overall": float(s),
+                "reviewerID": f"A{place}",
+                "asin": "1",
+                "summary": "a book",
+                "reviewText": words[s - 1],
+            }
+            for place, s in enumerate(stars)
+        ]
+        new = [
+            {"rating": float(s), "user_id": f"A{place}", "parent_asin": "1", "title": "a film", "text": words[s - 1]}
+            for place, s in enumerate(stars)
+        ]
+        (folder / "Books_5.json.gz").write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in old).encode()))
+        (folder / "Movies_and_TV.jsonl").write_text("".join(json.dumps(r) + "\n" for r in new))
+        return folder
+
+    def test_train_and_evaluate(self, levi_fast: Run, folder: Path, tiny_bert_dir: str, tmp_path: Path) -> None:
+        model, metrics = tmp_path / "model", tmp_path / "again.json"
+        data = ("--task-name", "amazon", "--data", str(folder), "--split", "Books", "--max-train-rows", "100")
+        data = (*data, "--max-eval-rows", "20", "--backbone", tiny_bert_dir)
+        status, _, err = levi_fast("train", *data, *MODEL, "--output", str(model))
+        assert status == 0, err
+        found = json.loads((model / "metrics.json").read_text())
+        assert found["task"] == "amazon" and found["problem_type"] == "regression"
+        assert found["sizes"]["train"] == 100 and found["sizes"]["ood"] == {"Movies_and_TV": 20}
+        status, _, err = levi_fast("evaluate", "--model", str(model), "--data", str(folder), "--output", str(metrics))
+        assert status == 0, err
+        again = json.loads(metrics.read_text())
+        assert again["id"] == found["id"] and again["ood"] == found["ood"]
+
+    def test_five_classes_as_in_wilds(self, levi_fast: Run, folder: Path, tiny_bert_dir: str, tmp_path: Path) -> None:
+        data = ("--task-name", "amazon", "--data", str(folder / "Books_5.json.gz"), "--backbone", tiny_bert_dir)
+        kind = ("--problem-type", "single_label_classification")
+        status, _, err = levi_fast("train", *data, *kind, *MODEL, "--output", str(tmp_path / "model"))
+        assert status == 0, err
+        assert "5 labels: 1, 2, 3, 4, 5" in err
+        found = json.loads((tmp_path / "model" / "metrics.json").read_text())
+        assert "accuracy" in found["id"] and found["ood"] == {}
+
+    def test_compare_file(self, levi_fast: Run, folder: Path, tiny_bert_dir: str, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("statsmodels")
+        (tmp_path / "compare.yaml").write_text(
+            "data: [{name: products, task_name: amazon, data: amazon, split: [Books]}]\nmax_train_rows: 50\n"
+            f"methods: [levi, linear-probe]\nseeds: [0]\nepochs: 1\nbackbone: {tiny_bert_dir}\n"
+        )
+        status, _, err = levi_fast("compare", str(tmp_path / "compare.yaml"), "--output", str(tmp_path / "compared"))
+        assert status == 0, err
+        assert "50 train" in err
+        found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+        assert found["data"]["products"]["splits"] == ["ID", "OOD Movies_and_TV"]
+
+    def test_refused(self, levi_fast: Run, folder: Path, tmp_path: Path) -> None:
+        output = ("--output", str(tmp_path / "model"))
+        status, _, err = levi_fast("train", "--task-name", "amazon", "--data", str(folder), *output)
+        assert (
+            status == 2 and "expected the categories to train on, separated by commas, of Books, Movies_and_TV" in err
+        )
+        status, _, err = levi_fast("train", "--task-name", "amazon", *output)
+        assert status == 2 and "--task-name amazon needs --data, a folder with files such as Books.json.gz" in err
+        status, _, err = levi_fast("train", "--train", "a.csv", "--max-train-rows", "5", *output)
+        assert status == 2 and "--max-train-rows, --max-eval-rows: only with --task-name amazon" in err
+        assert not (tmp_path / "model").exists()
