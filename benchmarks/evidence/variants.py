@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from levi_fast.backbones import load_backbone
 from levi_fast.data import synthetic
 from levi_fast.data.tables import Columns
 from levi_fast.report.console import Console
+from levi_fast.selection import data_dependent, resolve_taps
 from levi_fast.training.commands import Prepared, build_bank, prepare, select
 from levi_fast.training.fit import TrainingOptions
 from levi_fast.training.request import TrainRequest
@@ -101,20 +103,20 @@ def run(group: Group, variant: Variant) -> tuple[MethodResult, Splits, float]:
     selector = variant.model.get("taps")
     for name, value in variant.model.items():
         setattr(config, name, value)
-    if selector is not None and str(selector).partition(":")[0] in ("cka", "gradnorm", "probe"):
+    if data_dependent(selector):
         config.taps = "all"
-        config.taps = select(
-            selector, group.request, replace(prepared, config=config), group.bank, group.console
-        ).layers
+        open_choice = replace(prepared, config=config)
+        config.taps = select(str(selector), group.request, open_choice, group.bank, group.console).layers
+    backbone = prepared.backbone
+    if resolve_taps(config.taps, len(group.bank.layers))[-1] != group.bank.layers[-1]:
+        backbone = load_backbone(prepared.name)  # a cache's record of it stands for all layers up to the last
     if config.task_model is not None:
         config.task_model = {**config.task_model, **variant.task_model}
     splits, bank = prepared.splits, group.bank
     if variant.rows is not None:
         splits, bank = _fewer(splits, bank, variant.rows, options.seed)
     started = time.perf_counter()
-    result = run_method(
-        variant.method, config, splits, options, backbone=prepared.backbone, bank=bank, keep_layers=True
-    )
+    result = run_method(variant.method, config, splits, options, backbone=backbone, bank=bank, keep_layers=True)
     return result, splits, time.perf_counter() - started
 
 

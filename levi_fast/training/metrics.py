@@ -10,7 +10,7 @@ import numpy as np
 from levi_fast.data.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 # Weights a of the prediction with the view zeroed, (1 - a) y(tap, view) + a y(tap, 0), among which training chooses.
-BLENDS = (0.0, 0.25, 0.5)
+BLENDS = (0.0, 0.5, 1.0)
 
 # The score that the epoch and the blend are chosen by, and whether more is better; log loss or the squared error on
 # the same rows breaks ties.

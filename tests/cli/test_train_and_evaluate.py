@@ -47,7 +47,7 @@ class TestTrain:
         assert config["id2label"] == {"0": "neg", "1": "pos"}
         found = metrics(folder)
         assert set(found["id"]) == {"accuracy", "macro_f1", "log_loss"} == set(found["ood"]["new"])
-        assert found["id_split"] == "test" and found["method"] == "levi" and found["blend"] in (0.0, 0.25, 0.5)
+        assert found["id_split"] == "test" and found["method"] == "levi" and found["blend"] in (0.0, 0.5, 1.0)
         assert found["blend"] == config["blend"]
         assert 1 <= found["best_epoch"] <= found["epochs"] == 3
         assert found["sizes"] == {"train": 36, "validation": 4, "test": 40, "ood": {"new": 40}}

@@ -76,7 +76,7 @@ class TestSelection:
         with_view, without_view = np.array([[1.0], [1.0]]), np.array([[-1.0], [-1.0]])
         assert best_blend(with_view, without_view, labels, "regression")[0] == 0.5
         assert best_blend(with_view, 3 * with_view, labels, "regression")[0] == 0.0
-        assert best_blend(with_view, -3 * with_view, labels, "regression") == (0.25, {"rmse": 0.0, "mae": 0.0})
+        assert best_blend(with_view, 0 * with_view, labels, "regression") == (1.0, {"rmse": 0.0, "mae": 0.0})
         assert best_blend(with_view, None, labels, "regression")[0] == 0.0
 
     def test_what_validation_cannot_tell_apart_leans_on_the_pretrained_model(self) -> None:
@@ -91,11 +91,11 @@ class TestSelection:
             logits[50 : 50 + spoiled] = 4 * (1 - with_view[50 : 50 + spoiled])
         single = "single_label_classification"
         blend, scores = best_blend(with_view, few, labels, single)
-        assert blend == 0.5 and scores["accuracy"] == pytest.approx(149 / 200)
+        assert blend == 1.0 and scores["accuracy"] == pytest.approx(149 / 200)
         blend, scores = best_blend(with_view, many, labels, single)
-        assert blend < 0.5 and scores["accuracy"] >= 0.75
+        assert blend < 1.0 and scores["accuracy"] >= 0.75
 
     def test_blended_logits(self) -> None:
         with_view, without_view = np.array([[2.0]]), np.array([[4.0]])
-        assert [float(blend_logits(with_view, without_view, a)[0, 0]) for a in BLENDS] == [2.0, 2.5, 3.0]
+        assert [float(blend_logits(with_view, without_view, a)[0, 0]) for a in BLENDS] == [2.0, 3.0, 4.0]
         assert blend_logits(with_view, None, 0.5) is with_view

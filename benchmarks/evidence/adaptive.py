@@ -1,0 +1,194 @@
+"""How far the prediction should lean on the frozen taps: what was tried so that LEVI is no worse OOD than its parts.
+
+    python benchmarks/evidence/adaptive.py --shared DIR --work DIR [--choose 3] [--confirm 5]
+
+Every way of training is combined with every rule that picks the blend on ID validation rows; ``a`` is the weight of
+the prediction with the view zeroed. Chosen on ``CHOSEN_ON``, then confirmed on ``CONFIRMED_ON``, whose OOD figures
+had no part in the choice. Writes ``benchmarks/results/evidence-adaptive.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from variants import Group, Record, Variant, load, run
+
+from levi_fast.modeling import LeviModel
+from levi_fast.modules import LayerwiseEnsemble
+from levi_fast.report.console import Console
+from levi_fast.report.metrics_file import versions, write_metrics
+from levi_fast.training import lean
+from levi_fast.training.metrics import SELECTION_METRIC, blend_logits, compute_metrics, row_losses, selection_key
+from levi_fast.training.prediction import predict
+
+RESULTS = Path(__file__).parents[1] / "results"
+CHOSEN_ON = ("synthetic", "imdb-reversed", "movielens-years")
+CONFIRMED_ON = ("imdb", "movielens-genres")
+
+TRAININGS = [
+    Variant("default"),
+    Variant("token dropout 0.8", task_model={"token_dropout": 0.8}),
+    Variant("view dropout 0.8", model={"view_dropout": 0.8}),
+    Variant("view of width 8", task_model={"view_width": 8}),
+    Variant("view at a tenth of the learning rate"),
+    Variant("loss with and without the view", model={"view_dropout": 0.0}),
+]
+PARTS = [Variant("taps-only", "taps-only"), Variant("task-model", "task-model")]
+
+Rule = Callable[[np.ndarray, np.ndarray, np.ndarray, str], float]
+
+
+def by_validation(
+    grid: tuple[float, ...], errors: float, with_view: np.ndarray, without: np.ndarray, labels: np.ndarray, kind: str
+) -> float:
+    """The largest blend within ``errors`` standard errors of the best one on validation rows."""
+    blended = {a: blend_logits(with_view, without, a) for a in grid}
+    chosen = best = max(grid, key=lambda a: selection_key(compute_metrics(blended[a], labels, kind), kind))
+    for a in grid:
+        worse = row_losses(blended[a], labels, kind) - row_losses(blended[best], labels, kind)
+        if a > best and errors and worse.mean() <= errors * worse.std() / math.sqrt(len(worse)):
+            chosen = a
+    return chosen
+
+
+_HALF, _WHOLE = (0.0, 0.25, 0.5), (0.0, 0.25, 0.5, 0.75, 1.0)
+RULES: dict[str, Rule] = {
+    **{f"a = {a:g}": lambda *_, a=a: a for a in (0.0, 0.5, 1.0)},
+    "best a up to 1/2": partial(by_validation, _HALF, 0),
+    "largest a up to 1/2 within 1 standard error": partial(by_validation, _HALF, 1),
+    "largest of 0, 1/2 and 1 within 1 standard error": partial(by_validation, (0.0, 0.5, 1.0), 1),
+    "best a up to 1": partial(by_validation, _WHOLE, 0),
+    "largest a up to 1 within 1 standard error": partial(by_validation, _WHOLE, 1),
+    "largest a up to 1 within 2 standard errors": partial(by_validation, _WHOLE, 2),
+}
+
+
+def _both_losses(self: LeviModel, output: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The mean of the loss with the view and of that with the view zeroed."""
+    if not self.training:
+        return plain_loss(self, output, labels)
+    taps, view = self.ensemble.seen
+    zeroed = plain_forward(self.ensemble, taps, torch.zeros_like(view))
+    return (plain_loss(self, output, labels) + plain_loss(self, zeroed, labels)) / 2
+
+
+def _remembering(self: LayerwiseEnsemble, taps: Any, view: Any, **options: Any) -> Any:
+    self.seen = (taps, view)
+    return plain_forward(self, taps, view, **options)
+
+
+def _slow_view(model: LeviModel, *arguments: Any) -> torch.optim.Optimizer:
+    """The usual optimizer, with a tenth of the learning rate for the task model."""
+    optimizer = plain_optimizer(model, *arguments)
+    slow = {id(p) for name, p in model.named_parameters() if name.startswith("task_model.")}
+    groups = []
+    for group in optimizer.param_groups:
+        for of_view, factor in ((False, 1.0), (True, 0.1)):
+            if own := [p for p in group["params"] if (id(p) in slow) is of_view]:
+                groups.append({**group, "params": own, "lr": factor * group["lr"]})
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)
+    return optimizer
+
+
+plain_loss, plain_forward, plain_optimizer = LeviModel.loss, LayerwiseEnsemble.forward, lean.make_optimizer
+
+
+@contextmanager
+def trained_as(variant: Variant) -> Iterator[None]:
+    """The two ways of training that no setting of the library names."""
+    with ExitStack() as stack:
+        if variant.name.startswith("loss with and without"):
+            stack.enter_context(patch.object(LeviModel, "loss", _both_losses))
+            stack.enter_context(patch.object(LayerwiseEnsemble, "forward", _remembering))
+        if variant.name.startswith("view at a tenth"):
+            stack.enter_context(patch.object(lean, "make_optimizer", _slow_view))
+        yield
+
+
+def train(group: Group, variant: Variant) -> dict[str, Any]:
+    """One training, scored under every rule: ``{rule: {"blend": a, "ID": score, "OOD": mean of scores}}``."""
+    with trained_as(variant):
+        result, splits, seconds = run(group, variant)
+    kind = str(result.model.config.problem_type)
+    metric = SELECTION_METRIC[kind]
+    if variant.method != "levi":
+        ood = statistics.fmean(scores[metric] for scores in result.ood.values())
+        return {"seconds": round(seconds, 2), "rules": {"": {"blend": 0.0, "ID": result.id[metric], "OOD": ood}}}
+    result.model.config.blend = 0.0
+    group.bank.attach(result.model, splits)
+    found = {name: predict(result.model, data) for name, data in splits.named() if name != "train"}
+    labels = {name: data.labels.numpy() for name, data in splits.named() if data.labels is not None}
+    for _, data in splits.named():
+        data.set_taps(None)
+    rules = {}
+    for name, rule in RULES.items():
+        held = found["validation"]
+        a = rule(held.logits, held.logits_without_view, labels["validation"], kind)
+        scores = {
+            split: compute_metrics(blend_logits(p.logits, p.logits_without_view, a), labels[split], kind)[metric]
+            for split, p in found.items()
+        }
+        ood = statistics.fmean(score for split, score in scores.items() if split.startswith("ood "))
+        rules[name] = {"blend": a, "ID": scores[splits.id_split], "OOD": ood}
+    return {"seconds": round(seconds, 2), "rules": rules}
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds, by data set, training and rule."""
+    summary: dict[str, Any] = {}
+    for entry in runs:
+        of_data = summary.setdefault(entry["data"], {}).setdefault(entry["variant"], {})
+        for rule, found in entry["rules"].items():
+            seeds = of_data.setdefault(rule, {"blend": [], "ID": [], "OOD": []})
+            for name, value in found.items():
+                seeds[name].append(value)
+    for of_data in summary.values():
+        for rules in of_data.values():
+            for seeds in rules.values():
+                seeds["mean"] = {name: statistics.fmean(seeds[name]) for name in ("ID", "OOD")}
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shared", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="folder for finished runs and taps")
+    parser.add_argument("--choose", type=int, default=3, help="seeds on the data sets that choose")
+    parser.add_argument("--confirm", type=int, default=5, help="seeds on those that confirm")
+    asked = parser.parse_args()
+    console = Console()
+    record = Record(asked.work / "adaptive.jsonl")
+    wanted = [*TRAININGS, *PARTS]
+    plan = [(data, seed) for data in CHOSEN_ON for seed in range(asked.choose)]
+    plan += [(data, seed) for data in CONFIRMED_ON for seed in range(asked.confirm)]
+    for data, seed in plan:
+        missing = list(record.missing(data, seed, wanted))
+        group = load(data, asked.shared, seed, asked.work, console) if missing else None
+        for variant in missing:
+            assert group is not None
+            found = train(group, variant)
+            record.add({"data": data, "seed": seed, "variant": variant.name, **found})
+            console.note(f"{data}, seed {seed}, {variant.name}: {found['seconds']} s")
+    document = {
+        "chosen_on": CHOSEN_ON,
+        "confirmed_on": CONFIRMED_ON,
+        "data": summarise(record.runs),
+        "versions": versions(),
+    }
+    write_metrics(RESULTS / "evidence-adaptive.json", document)
+
+
+if __name__ == "__main__":
+    main()
