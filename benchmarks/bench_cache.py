@@ -65,7 +65,7 @@ def build(data: Path, texts: int, rounds: int) -> dict[str, Any]:
     """Throughput of a build beside the bare forward over the same batches."""
     backbone, tokenizer, _, splits = load(data)
     dataset = splits.train.subset(range(texts), "subset")
-    first, _ = dataset.unique_texts()
+    first, _ = dataset.unique_inputs()
     batches = length_batches(dataset.lengths[first].tolist(), 32)
 
     def bare() -> None:
@@ -115,7 +115,7 @@ class Replay(TapExtractor):
         self.taps: dict[bytes, Tensor] = {}
         for name, dataset in splits.named():
             taps, rows = cache.find(dataset, name)
-            self.taps.update(zip(dataset.text_bytes(), taps[rows], strict=True))
+            self.taps.update(zip(dataset.input_bytes(), taps[rows], strict=True))
 
     def __call__(self, **inputs: Any) -> list[Tensor]:
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()

@@ -172,7 +172,7 @@ def epoch(task_name: str, data: Path, sampled: int, epochs: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         for name, dataset in (("train", splits.train), ("validation", splits.validation)):
             taps = mapped_taps(Path(folder), name, len(dataset), sum(levi.config.tap_widths or []))
-            dataset.set_taps(taps, keep_tokens="input_ids" in task_inputs(levi))
+            dataset.set_taps(taps, keep_inputs="input_ids" in task_inputs(levi))
         for loop in ("lean", "trainer", "lean", "trainer", "lean", "trainer"):
             set_seed(0)
             result = fit(LeviModel(levi.config), splits.train, splits.validation, options, loop=loop)
@@ -234,7 +234,7 @@ def growth_row(rows: int, streamed: bool, folder: Path) -> dict[str, Any]:
             features={"numeric": torch.randn(count, 2, generator=generator)},
             labels=torch.randint(0, 2, (count,), generator=generator),
         )
-        data.set_taps(mapped_taps(folder, name, count, GROWTH_WIDTH), keep_tokens=False)
+        data.set_taps(mapped_taps(folder, name, count, GROWTH_WIDTH), keep_inputs=False)
         return data
 
     train, validation = dataset("train", rows), dataset("validation", 1000)

@@ -63,7 +63,7 @@ def make_heads(task_name: str, data: Path, epochs: int, folder: Path) -> list[He
     model = get_levi_model(backbone, config)
     for place, (_, dataset) in enumerate(splits.named()):
         taps = mapped_taps(folder, str(place), len(dataset), sum(model.config.tap_widths or []))
-        dataset.set_taps(taps, keep_tokens="input_ids" in task_inputs(model))
+        dataset.set_taps(taps, keep_inputs="input_ids" in task_inputs(model))
     schedule = {**TASK_TRAINING.get(task_name, {}), "epochs": epochs}
     return [
         Head(f"{seed} {rate}", model.config, TrainingOptions(seed=seed, learning_rate=rate, **schedule), splits)

@@ -88,11 +88,16 @@ MaxLengthOption = Annotated[
     ),
 ]
 TaskNameOption = Annotated[
-    str | None, typer.Option(help="A named data set in place of --train: movielens or amazon.", rich_help_panel=DATA)
+    str | None,
+    typer.Option(help="A named data set in place of --train: movielens, amazon or digits.", rich_help_panel=DATA),
 ]
 TaskDataOption = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="The folder (or file) of the named data set.", rich_help_panel=DATA),
+    typer.Option(
+        metavar="DIR",
+        help="The folder (or file) of the named data set; digits keeps the backbones that it pre-trains there.",
+        rich_help_panel=DATA,
+    ),
 ]
 SplitOption = Annotated[
     str | None,

@@ -53,8 +53,8 @@ def row_source(
     if not len(dataset):
         raise DataError(f"data {name!r}: expected at least one row")
     if isinstance(dataset, EncodedDataset):
-        if dataset.token_ids is None:
-            raise DataError(f"data {name!r}: its rows have no text for the backbone to read")
+        if not dataset.feeds_backbone:
+            raise DataError(f"data {name!r}: its rows have no text or images for the backbone to read")
         if views is not None:
             raise DataError(f"data {name!r}: its rows are not drawn at random; views is for data sets that augment")
         return EncodedRows(dataset)
@@ -85,17 +85,17 @@ def is_random(dataset: Any) -> bool:
 
 
 class EncodedRows:
-    """Token ids of an :class:`EncodedDataset`; its features and labels do not reach the backbone."""
+    """Token ids or images of an :class:`EncodedDataset`; its other inputs and labels do not reach the backbone."""
 
     def __init__(self, dataset: EncodedDataset) -> None:
         self.dataset = dataset
         self.lengths: list[int] = dataset.lengths.tolist()
 
     def digests(self) -> list[bytes]:
-        return [_short(row) for row in self.dataset.text_bytes()]
+        return [_short(row) for row in self.dataset.input_bytes()]
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        return self.dataset.tokens(torch.tensor(rows))
+        return self.dataset.backbone_inputs(torch.tensor(rows))
 
 
 class MappingRows:

@@ -1,4 +1,4 @@
-"""Rows ready for a model: token ids, further inputs and labels, gathered a batch at a time."""
+"""Rows ready for a model: token ids or images, further inputs and labels, gathered a batch at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from levi_fast.errors import DataError
+
+# The further input that a backbone reads too.
+PIXELS = "pixel_values"
 
 
 class TapSource(Protocol):
@@ -32,7 +35,8 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         name: of the file or split, for messages.
         token_ids: token ids of every text, unpadded; None for rows without text.
         pad_token_id: fills up shorter texts of a batch, on the right.
-        features: further model inputs, each ``[N, ...]``.
+        features: further model inputs, each ``[N, ...]``. Rows without text may have images for the backbone among
+            them: float ``pixel_values`` ``[N, channels, height, width]``.
         labels: int64 ``[N]``, float32 ``[N, C]`` or float32 ``[N]``; None when unknown.
         num_truncated: how many texts were cut to the maximal length.
 
@@ -65,6 +69,9 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             self.starts = self.lengths.cumsum(0) - self.lengths
             parts = [np.asarray(row, dtype=np.int32) for row in token_ids]
             self.token_ids = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int32), *parts]))
+        elif PIXELS in self.features:  # all of one size, and as long as each other
+            images = self.features[PIXELS]
+            self.lengths = torch.full((len(images),), images[0].numel() if len(images) else 0)
         self._taps: TapSource | None = None
         self._tap_rows: Tensor | None = None
         self._wanted: Callable[[str], bool] | None = None
@@ -84,18 +91,24 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def has_taps(self) -> bool:
         return self._taps is not None
 
-    def set_taps(self, taps: TapSource | None, rows: Tensor | None = None, *, keep_tokens: bool = True) -> None:
+    @property
+    def feeds_backbone(self) -> bool:
+        """Whether the rows have something that a backbone reads: text or images."""
+        return self.token_ids is not None or PIXELS in self.features
+
+    def set_taps(self, taps: TapSource | None, rows: Tensor | None = None, *, keep_inputs: bool = True) -> None:
         """Attach precomputed taps, so that batches carry ``taps`` and the backbone is not needed.
 
         Args:
             taps: ``[U, sum of tap widths]``; None takes them off again.
             rows: ``[N]`` int64, which of the U each row uses; None when U = N.
-            keep_tokens: False leaves token ids out of the batches, for a model whose task model reads none.
+            keep_inputs: False leaves token ids and images out of the batches, for a model whose task model reads
+                neither.
         """
         if taps is not None and len(taps if rows is None else rows) != len(self):
             raise ValueError(f"taps: expected {len(self)} rows, got {len(taps if rows is None else rows)}")
         self._taps, self._tap_rows = taps, rows
-        self._keep_tokens = keep_tokens
+        self._keep_inputs = keep_inputs
 
     def taps(self) -> Tensor:
         """The attached taps, ``[N, sum of tap widths]``."""
@@ -145,21 +158,24 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
                 digest.update(values.contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def unique_texts(self) -> tuple[list[int], Tensor]:
-        """Rows that show a text for the first time, and for every row which of those it equals, ``[N]`` int64."""
+    def unique_inputs(self) -> tuple[list[int], Tensor]:
+        """Rows that show a text or an image for the first time, and for every row which of those it equals, ``[N]``
+        int64."""
         seen: dict[bytes, int] = {}
         first: list[int] = []
         which = torch.empty(len(self), dtype=torch.int64)
-        for row, key in enumerate(self.text_bytes()):
+        for row, key in enumerate(self.input_bytes()):
             place = seen.setdefault(key, len(first))
             if place == len(first):
                 first.append(row)
             which[row] = place
         return first, which
 
-    def text_bytes(self) -> Iterator[bytes]:
-        """Every row's token ids as int32 bytes: equal bytes are equal texts."""
-        assert self.token_ids is not None
+    def input_bytes(self) -> Iterator[bytes]:
+        """Every row's token ids (int32) or pixels as bytes: equal bytes are equal inputs of a backbone."""
+        if self.token_ids is None:
+            yield from (image.contiguous().numpy().tobytes() for image in self.features[PIXELS])
+            return
         data = self.token_ids.numpy().tobytes()
         for start, length in zip((4 * self.starts).tolist(), (4 * self.lengths).tolist(), strict=True):
             yield data[start : start + length]
@@ -168,6 +184,12 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         assert self.token_ids is not None
         start = int(self.starts[row])
         return self.token_ids[start : start + int(self.lengths[row])]
+
+    def backbone_inputs(self, rows: Tensor) -> dict[str, Tensor]:
+        """What a backbone reads of the given rows: :meth:`tokens`, or ``pixel_values``."""
+        if self.token_ids is None and PIXELS in self.features:
+            return {PIXELS: self.features[PIXELS][rows]}
+        return self.tokens(rows)
 
     def tokens(self, rows: Tensor) -> dict[str, Tensor]:
         """Token ids ``[B, T]`` and attention mask ``[B, T]`` (int64), padded to the longest of the given rows."""
@@ -183,14 +205,24 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
         rows = torch.as_tensor(indices, dtype=torch.int64)
         batch = {}
-        if self._taps is None or self._keep_tokens:
+        if self._carries_inputs:
             batch.update(self.tokens(rows))
         if self._taps is not None:
             batch["taps"] = self._taps[rows if self._tap_rows is None else self._tap_rows[rows]]
-        batch.update({key: v[rows] for key, v in self.features.items() if self._wanted is None or self._wanted(key)})
+        batch.update({key: value[rows] for key, value in self.features.items() if self._carries(key)})
         if self.labels is not None:
             batch["labels"] = self.labels[rows]
         return batch
+
+    @property
+    def _carries_inputs(self) -> bool:
+        return self._taps is None or self._keep_inputs
+
+    def _carries(self, name: str) -> bool:
+        """Whether batches have a further input."""
+        if name == PIXELS and not self._carries_inputs:
+            return False
+        return self._wanted is None or self._wanted(name)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not -len(self) <= index < len(self):

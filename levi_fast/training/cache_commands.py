@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone_config, load_tokenizer
+from levi_fast.backbones import load_backbone_config, load_tokenizer
 from levi_fast.cache import ActivationCache, Estimate
 from levi_fast.cache.estimate import readable_bytes
 from levi_fast.cache.manifest import Manifest
@@ -16,8 +16,9 @@ from levi_fast.cache.store import damage, open_store
 from levi_fast.errors import DataError
 from levi_fast.report.console import Console
 from levi_fast.training.cached import CacheRequest, build_arguments, build_cache
-from levi_fast.training.request import TrainRequest, cache_request, load_task
+from levi_fast.training.request import TrainRequest, backbone_of, cache_request, load_task
 from levi_fast.training.runs import Splits
+from levi_fast.training.tasks import TableTask
 
 
 def build(
@@ -121,10 +122,11 @@ def verify(path: str, console: Console) -> bool:
 def _prepare(request: TrainRequest, console: Console) -> tuple[CacheRequest, Splits]:
     """Read and encode the data."""
     task = load_task(request)
-    if not task.processor.columns.text:
+    if isinstance(task, TableTask) and not task.processor.columns.text:
         raise DataError("--text-column: expected the text that the backbone is to read")
-    name = request.backbone or DEFAULT_BACKBONE
-    tokenizer, config = load_tokenizer(name), load_backbone_config(name)
-    with console.status("reading texts"):
+    name = backbone_of(request, task, console)
+    config = load_backbone_config(name)
+    tokenizer = load_tokenizer(name) if task.processor.columns.text else None
+    with console.status("reading the data"):
         splits = task.encode(tokenizer, max_length=request.max_length, backbone_config=config)
-    return cache_request(request, tokenizer, task.processor.max_length), splits
+    return cache_request(request, name, tokenizer, task.processor.max_length), splits

@@ -33,7 +33,13 @@ from levi_fast.training.fit import resolve_device, rows_and_options
 from levi_fast.training.methods import find_method, method_config
 from levi_fast.training.named_tasks import NamedTask
 from levi_fast.training.output import new_folder, require_new_folder
-from levi_fast.training.request import TrainRequest, cache_request, checkpoint_options, load_task
+from levi_fast.training.request import (
+    TrainRequest,
+    backbone_of,
+    cache_request,
+    checkpoint_options,
+    load_task,
+)
 from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
 from levi_fast.training.tap_selection import TapSelection, select_taps
 from levi_fast.training.tasks import TableTask
@@ -121,18 +127,20 @@ def prepare(request: TrainRequest, console: Console, *, beside: Prepared | None 
         known = f", {labels.num_labels} labels: {_listed(labels.names)}" if labels.names else ""
         origin = f"inferred from column {labels.column!r}" if task.inferred else f"column {labels.column!r}"
         console.note(f"problem type: {labels.problem_type} ({origin}){known}")
-    name = request.backbone or DEFAULT_BACKBONE
+    has_backbone = find_method(request.method).has_backbone
+    # a method without one has no use for a pre-training either
+    name = backbone_of(request, task, console) if has_backbone else request.backbone or DEFAULT_BACKBONE
     if beside is not None:
         tokenizer, backbone = beside.tokenizer, beside.backbone
     else:
         tokenizer = load_tokenizer(name) if task.processor.columns.text else None
         backbone = None
         # where its taps come from a cache, only a folder that is to hold the backbone needs it
-        if find_method(request.method).has_backbone and (request.cache is None or request.include_backbone):
+        if has_backbone and (request.cache is None or request.include_backbone):
             with console.status(f"loading {name}"):
                 backbone = load_backbone(name, dtype=request.backbone_dtype)
     backbone_config = getattr(backbone, "config", None) if request.cache is None else load_backbone_config(name)
-    with console.status("reading texts"):
+    with console.status("reading the data"):
         splits = task.encode(tokenizer, max_length=request.max_length, backbone_config=backbone_config)
     console.note(f"rows: {_sizes(splits)}")
     spec = task.task_model(request.task_model, None if tokenizer is None else len(tokenizer))
@@ -278,7 +286,7 @@ def apply_selection(selection: TapSelection, request: TrainRequest, prepared: Pr
 def _read_taps(request: TrainRequest, prepared: Prepared, console: Console) -> TapBank | None:
     config = method_config(request.method, prepared.config)
     if request.cache is not None:
-        wanted = cache_request(request, prepared.tokenizer, prepared.task.processor.max_length)
+        wanted = cache_request(request, prepared.name, prepared.tokenizer, prepared.task.processor.max_length)
         record, bank = cached_taps(wanted, prepared.splits, console)
         prepared.backbone = prepared.backbone or record
         return bank

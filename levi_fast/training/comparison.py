@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone
+from levi_fast.backbones import load_backbone
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.errors import DataError, DivergedError
 from levi_fast.report.comparison_page import comparison_page
@@ -190,10 +190,13 @@ def _prepare(
     # another seed may draw other rows, of which one cache would not know
     drawn = data.task_name is not None or (bool(shared.get("max_train_rows")) and not data.has_own_validation)
     place = Path(cache) if cache is not None else folder / "cache"
+    fields = dict(data.fields)
+    if data.task_name == "digits" and fields.get("data") is None:
+        fields["data"] = str(place / f"{data.name}-backbones")
     model = {key: shared[key] for key in _MODEL_SETTINGS if shared.get(key) is not None}
     request = TrainRequest(
         output="",
-        **data.fields,
+        **fields,
         **{key: shared[key] for key in _REQUEST_SETTINGS if shared.get(key) is not None},
         method="taps-only" if with_backbone else "task-model",
         cache=str(place / (f"{data.name}-seed-{seed}" if drawn else data.name)) if with_backbone else None,
@@ -248,7 +251,7 @@ def _run_cell(
     backbones: dict[str, nn.Module],
 ) -> dict[str, Any]:
     """Train a cell and write its two files."""
-    name = comparison.settings.get("backbone") or DEFAULT_BACKBONE
+    name = group.prepared.name
     backbone: Any = group.prepared.backbone
     if find_method(method).trains_backbone:
         if name not in backbones:

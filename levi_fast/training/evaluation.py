@@ -112,7 +112,7 @@ def _evaluate_named(
     task.processor = processor  # label names and scale are the model's
     model = _load_model(folder, backbone, console)
     move(model, device)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder) if processor.columns.text else None
     splits = task.encode(tokenizer, max_length=processor.max_length, backbone_config=None)
     assert splits.test is not None
     with console.status("evaluating"):

@@ -31,12 +31,12 @@ def precompute_unique_taps(
     Returns:
         taps float32 ``[U, sum of tap widths]`` on the CPU, and int64 ``[N]``: which of the U each row uses.
     """
-    first, which = dataset.unique_texts()
+    first, which = dataset.unique_inputs()
     device = next(model.parameters()).device
     taps: Tensor | None = None
     done = 0
     for places in length_batches(dataset.lengths[first].tolist(), batch_size):
-        inputs = dataset.tokens(torch.tensor([first[place] for place in places]))
+        inputs = dataset.backbone_inputs(torch.tensor([first[place] for place in places]))
         with torch.no_grad():
             pooled = model.extract_taps(**{name: value.to(device) for name, value in inputs.items()}).float().cpu()
         if taps is None:

@@ -23,6 +23,7 @@ TASK_FILE = "levi_task.json"
 NAMED_TASKS = {
     "movielens": "the folder with ratings.csv and movies.csv",
     "amazon": "a folder with files such as Books.json.gz, or one of them",
+    "digits": "a folder for the small ViT that the first run pre-trains",
 }
 """Name -> what --data is."""
 
@@ -72,6 +73,10 @@ def load_named_task(
         raise DataError(f"--task-name {name} needs --data, {NAMED_TASKS[name]}")
     if name == "movielens":
         return MovieLensSplits.load(data, split or "genres", seed)
+    if name == "digits":
+        from levi_fast.training.digits_task import DigitsTask
+
+        return DigitsTask.load(data, seed)
     return AmazonReviews.read(data, split, seed, problem_type, max_train_rows, max_eval_rows)
 
 

@@ -13,9 +13,11 @@ from levi_fast.cache.manifest import DTYPES
 from levi_fast.data.tables import Columns
 from levi_fast.errors import DataError
 from levi_fast.quantization import check_backbone_dtype
+from levi_fast.report.console import Console
 from levi_fast.selection import data_dependent
 from levi_fast.training.cached import CacheRequest
 from levi_fast.training.checkpoints import CheckpointOptions
+from levi_fast.training.digits_task import DigitsTask
 from levi_fast.training.fit import TrainingOptions, check_loop, resolve_device
 from levi_fast.training.methods import find_method
 from levi_fast.training.named_tasks import NAMED_TASKS, NamedTask, load_named_task
@@ -133,6 +135,20 @@ def load_task(request: TrainRequest) -> NamedTask:
     )
 
 
+def backbone_of(request: TrainRequest, task: NamedTask, console: Console) -> str:
+    """Where a request's backbone is: the one that comes with its task, the one it names, or the default.
+
+    Raises:
+        DataError: the task's own cannot be used, or another one is named beside it.
+    """
+    if isinstance(task, DigitsTask):
+        if request.backbone is not None:
+            raise DataError(f"--backbone: --task-name digits pre-trains its own, got {request.backbone!r}")
+        with console.status("pre-training a small ViT on digits"):
+            return task.backbone()
+    return request.backbone or DEFAULT_BACKBONE
+
+
 def _check_backbone_training(request: TrainRequest) -> None:
     training, method = request.backbone_training, find_method(request.method)
     asked = request.model.get("backbone_training", "frozen")
@@ -199,19 +215,19 @@ def _check_cache(request: TrainRequest) -> None:
         raise DataError(f"--cache-dtype: expected one of {', '.join(DTYPES)}, got {request.cache_dtype!r}")
 
 
-def cache_request(request: TrainRequest, tokenizer: Any, max_length: int) -> CacheRequest:
-    """The part of a request that its taps depend on."""
+def cache_request(request: TrainRequest, backbone: str, tokenizer: Any, max_length: int) -> CacheRequest:
+    """The part of a request that its taps depend on; ``backbone`` is what :func:`backbone_of` answers."""
     assert request.cache is not None
     asked = request.model.get("taps", "all")
     return CacheRequest(
         folder=request.cache,
-        backbone=request.backbone or DEFAULT_BACKBONE,
+        backbone=backbone,
         backbone_dtype=request.backbone_dtype,
         # a method of the last layer alone finds it in whatever is there, and a selector chooses among that
         taps=None if find_method(request.method).fixes_taps or request.selects_taps else asked,
         pooling=request.model.get("pooling", "mean"),
         tokenizer=tokenizer,
-        max_length=max_length,
+        max_length=None if tokenizer is None else max_length,
         dtype=request.cache_dtype,
         batch_size=request.backbone_batch_size,
         device=resolve_device(request.options.device),

@@ -15,7 +15,7 @@ from transformers import set_seed
 from levi_fast.backbones import BackboneRecord
 from levi_fast.cache import ActivationCache, CachedTaps
 from levi_fast.config import LeviConfig
-from levi_fast.data.encoded import EncodedDataset
+from levi_fast.data.encoded import PIXELS, EncodedDataset
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel, get_levi_model
 from levi_fast.training.best_epoch import EpochProgress, FitResult
@@ -146,15 +146,15 @@ class TapBank:
         parts: list[Tensor] = []
         for name, dataset in own.named():
             offset = sum(len(part) for part in parts)
-            keys = list(dataset.text_bytes())
-            for place, row in enumerate(dataset.unique_texts()[0]):
+            keys = list(dataset.input_bytes())
+            for place, row in enumerate(dataset.unique_inputs()[0]):
                 place_of.setdefault(keys[row], offset + place)
             parts.append(cast(Tensor, self.taps[name][0]))
         everything = torch.cat(parts)
         taps: dict[str, tuple[Tensor | CachedTaps, Tensor]] = {}
         for name, dataset in others.named():
-            first, which = dataset.unique_texts()
-            keys = list(dataset.text_bytes())
+            first, which = dataset.unique_inputs()
+            keys = list(dataset.input_bytes())
             places = [place_of.get(keys[row], -1) for row in first]
             if -1 in places:
                 raise ValueError(f"taps: the bank has none of row {first[places.index(-1)] + 1} of {dataset.name}")
@@ -167,12 +167,12 @@ class TapBank:
         Raises:
             ValueError: the model taps a layer that is not in the bank.
         """
-        keep_tokens = "input_ids" in task_inputs(model)
+        keep_inputs = not task_inputs(model).isdisjoint(("input_ids", PIXELS))
         for name, dataset in splits.named():
             taps, rows = self.taps[name]
             assert model.config.tap_layers is not None
             wanted = slice_taps(taps, self.layers, self.widths, model.config.tap_layers)
-            dataset.set_taps(wanted, rows, keep_tokens=keep_tokens)
+            dataset.set_taps(wanted, rows, keep_inputs=keep_inputs)
 
 
 def task_inputs(model: LeviModel) -> frozenset[str]:
@@ -180,6 +180,8 @@ def task_inputs(model: LeviModel) -> frozenset[str]:
     spec = model.config.task_model or {}
     if spec.get("type") == "text" or (spec.get("type") == "table" and spec.get("text")):
         return frozenset({"input_ids", "attention_mask"})
+    if spec.get("type") == "image":
+        return frozenset({PIXELS})
     return frozenset({"input_ids"}) if spec.get("type") == "custom" else frozenset()
 
 

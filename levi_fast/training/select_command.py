@@ -44,7 +44,7 @@ def select_taps(
     """
     _check(selectors, chart, scores)
     prepared = prepare(request, console)
-    if not prepared.reads_text:
+    if not prepared.splits.train.feeds_backbone:
         raise DataError("--text-column: expected the text that the backbone is to read")
     try:
         bank = build_bank(request, prepared, console)

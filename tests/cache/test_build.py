@@ -63,7 +63,7 @@ class TestContent:
         self, tmp_path: Path, counting: Callable[..., Any], texts: Texts
     ) -> None:
         data = texts(30, repeats=15)
-        distinct = len(data.unique_texts()[0])
+        distinct = len(data.unique_inputs()[0])
         extractor = counting()
         taps = ActivationCache.build(tmp_path / "c", extractor, data, **SMALL)["data"]
         assert len(taps) == distinct <= 15 and extractor.batches == -(-distinct // 4)
@@ -154,7 +154,7 @@ class TestEstimate:
             tmp_path / "c", extractor, data, on_estimate=said.append, progress=lambda *s: said.append(s), **SMALL
         )
         estimate, *steps = said
-        distinct = len(data.unique_texts()[0])
+        distinct = len(data.unique_inputs()[0])
         assert estimate.rows == 60 and estimate.entries == estimate.entries_left == distinct
         size = sum(file.stat().st_size for file in (tmp_path / "c").glob("shard-*.safetensors"))
         assert estimate.bytes == estimate.bytes_left == distinct * 48 * 4 and size < estimate.bytes + 200 * 10

@@ -139,9 +139,9 @@ class TestEncodedDataset:
 
     def test_attached_taps_replace_tokens_and_may_be_shared_by_rows(self) -> None:
         data = EncodedDataset("d", token_ids=[[1], [2], [1]], labels=torch.zeros(3))
-        first, which = data.unique_texts()
+        first, which = data.unique_inputs()
         assert first == [0, 1] and which.tolist() == [0, 1, 0]
-        data.set_taps(torch.tensor([[1.0], [2.0]]), which, keep_tokens=False)
+        data.set_taps(torch.tensor([[1.0], [2.0]]), which, keep_inputs=False)
         batch = data.__getitems__([2, 1])
         assert batch["taps"].tolist() == [[1.0], [2.0]] and "input_ids" not in batch
         data.set_taps(None)

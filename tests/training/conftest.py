@@ -74,7 +74,7 @@ def rows(view: str | None, problem: str, count: int, seed: int, widths: list[int
         labels = (signal > -0.5).long() + (signal > 0.5).long()
     dataset = EncodedDataset(f"seed {seed}", token_ids=tokens, features=features, labels=labels)
     if sum(widths):
-        dataset.set_taps(taps, keep_tokens=tokens is not None)
+        dataset.set_taps(taps, keep_inputs=tokens is not None)
     return dataset
 
 
