@@ -1,4 +1,4 @@
-"""What a backbone in bfloat16 or int8 costs in accuracy on the IMDb reviews (bench_streaming.py has the times).
+"""What a backbone in bfloat16, int8 or int4 costs in accuracy on the IMDb reviews (bench_streaming.py has the times).
 
     python benchmarks/bench_backbone_dtype.py --data DIR     # orig/{train,dev,test}.tsv and new/test.tsv
 

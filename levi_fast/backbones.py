@@ -1,25 +1,20 @@
-"""Loading frozen backbones and tokenizers by name, and telling one backbone from another."""
+"""Loading frozen backbones and tokenizers by name."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from levi_fast.config_checks import check_sizes, read_json
 from levi_fast.errors import DataError
-from levi_fast.layers import stack_path
-from levi_fast.offloading import stored_weight, tied_names
-from levi_fast.quantization import quantize_int8
+from levi_fast.quantization import LOADED_AS, quantize
 from levi_fast.selection import resolve_taps
 
 if TYPE_CHECKING:
@@ -110,7 +105,7 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
         name: a folder, or a hub id ("sentence-transformers/all-MiniLM-L6-v2" comes from the packaged copy where
             that is installed). A folder that peft wrote gives its base model with the adapters merged in; of a
             model with a task head the head is left out.
-        dtype: of the weights, a torch dtype or its name; "int8" quantises the linear layers, see
+        dtype: of the weights, a torch dtype or its name; "int8" and "int4" quantise the linear layers, see
             :mod:`levi_fast.quantization`; None keeps the checkpoint's.
         trust_remote_code: run code that the checkpoint carries; never unless asked for.
 
@@ -119,7 +114,7 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
     """
     from transformers import AutoModel
 
-    loaded_as = torch.float32 if dtype == "int8" else dtype
+    loaded_as = LOADED_AS.get(str(dtype), dtype)
     arguments: dict[str, Any] = {} if loaded_as is None else {"dtype": loaded_as}
     try:
         where = resolve_backbone(name)
@@ -132,7 +127,7 @@ def load_backbone(name: str, *, dtype: torch.dtype | str | None = None, trust_re
         if isinstance(error, DataError):
             raise
         raise DataError(f"backbone: {name!r} cannot be loaded: {_first_line(error)}") from error
-    return quantize_int8(backbone) if dtype == "int8" else backbone.eval()
+    return quantize(backbone.eval(), dtype)
 
 
 def _with_adapters(folder: Path, dtype: torch.dtype | str | None, trust_remote_code: bool) -> nn.Module:
@@ -144,12 +139,12 @@ def _with_adapters(folder: Path, dtype: torch.dtype | str | None, trust_remote_c
             f"backbone: {folder} holds adapters, which needs peft: pip install levi_fast[lora]"
         ) from error
     base = load_backbone(
-        _named_base(folder), dtype=None if dtype == "int8" else dtype, trust_remote_code=trust_remote_code
+        _named_base(folder), dtype=LOADED_AS.get(str(dtype), dtype), trust_remote_code=trust_remote_code
     )
     wrapped = PeftModel.from_pretrained(cast(Any, base), str(folder))
     merged = cast(Any, wrapped).merge_and_unload()
     merged.config._name_or_path = str(folder)
-    return quantize_int8(merged) if dtype == "int8" else cast(nn.Module, merged.eval())
+    return quantize(cast(nn.Module, merged.eval()), dtype)
 
 
 def _check_folder(folder: Path) -> None:
@@ -241,96 +236,6 @@ def backbone_name(backbone: nn.Module) -> str | None:
         if folder is not None and Path(name) == folder:
             return hub_id
     return str(name)
-
-
-def fingerprint(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: int) -> str:
-    """Digest of the weights that the taps depend on: "type:dtype:sha256".
-
-    It covers every parameter and persistent buffer of the backbone except the layers above ``last_tap`` and what
-    is registered after the stack of layers (pooler, final norm, head): the taps do not see those, and a head
-    that a checkpoint lacks is filled at random on each load. Names do not enter it, so that a renamed module in
-    a later transformers release changes nothing; the weights' dtype does. Of a quantised backbone it covers the int8
-    weights, their scales and the biases: what training saw, not the checkpoint they were made from.
-
-    Args:
-        backbone: the module that holds ``layers``.
-        layers: its stack of layers, as :func:`levi_fast.layers.find_layers` gives it.
-        last_tap: index of the last tapped layer.
-
-    Weights that accelerate has offloaded are read one by one, at most as many at a time as there are threads; the
-    fingerprint is that of the same backbone in memory.
-
-    Raises:
-        ValueError: if a weight has no data: it is on the meta device, and accelerate does not know it.
-    """
-    skipped = _prefixes_after(backbone, layers, last_tap)
-    state, tied = backbone.state_dict(keep_vars=True), tied_names(backbone)
-    parts: dict[int, tuple[str, Any]] = {}  # by identity: tied weights count once
-    for name, value in state.items():
-        if name.startswith(skipped):
-            continue
-        first = tied.get(name) if isinstance(value, Tensor) and value.is_meta else None
-        one = state.get(first, value) if first is not None else value
-        for part in [one] if isinstance(one, Tensor) and one.is_meta else _tensors_of(one):
-            parts.setdefault(id(part), (name, part))
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
-        found = list(pool.map(lambda part: _digests(backbone, *part), parts.values()))
-    digests = sorted(digest for part in found for digest, _ in part)
-    total = hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
-    kind = getattr(getattr(backbone, "config", None), "model_type", type(backbone).__name__)
-    dtypes = sorted(
-        {
-            str(dtype).removeprefix("torch.")
-            for part in found
-            for _, dtype in part
-            if dtype.is_floating_point or dtype == torch.int8
-        }
-    )
-    return f"{kind}:{'+'.join(dtypes)}:{total}"
-
-
-def _prefixes_after(backbone: nn.Module, layers: Sequence[nn.Module], last_tap: int) -> tuple[str, ...]:
-    """State-dict prefixes of what runs after the last tap, by order of registration along the path to the layers."""
-    path = stack_path(backbone, [layers[last_tap]])  # an encoder-decoder has two stacks
-    prefixes = []
-    parent, prefix = backbone, ""
-    for part in filter(None, path.split(".")):
-        names = [name for name, _ in parent.named_children()]
-        prefixes += [f"{prefix}{name}." for name in names[names.index(part) + 1 :]]
-        parent, prefix = parent.get_submodule(part), f"{prefix}{part}."
-    above = {id(layer) for layer in layers[last_tap + 1 :]}
-    prefixes += [f"{prefix}{name}." for name, child in parent.named_children() if id(child) in above]
-    return tuple(prefixes) or ("\0",)  # str.startswith(()) is False, but an explicit never-match is clearer
-
-
-def _tensors_of(value: Any) -> list[Tensor]:
-    """The plain tensors in a state dict's value: itself, or a quantised layer's integers, scales and bias."""
-    if isinstance(value, tuple):
-        return [tensor for part in value for tensor in _tensors_of(part)]
-    if not isinstance(value, Tensor):  # a quantised layer's dtype, which its integers tell as well
-        return []
-    if hasattr(value, "__tensor_flatten__"):  # a tensor made of others: torchao's quantised weights
-        names, _ = value.__tensor_flatten__()
-        return [tensor for name in names for tensor in _tensors_of(getattr(value, name))]
-    if not value.is_quantized:
-        return [value]
-    per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
-    scale = value.q_per_channel_scales() if per_channel else torch.tensor(value.q_scale())
-    zero = value.q_per_channel_zero_points() if per_channel else torch.tensor(value.q_zero_point())
-    return [value.int_repr(), scale.float(), zero]
-
-
-def _digests(backbone: nn.Module, name: str, tensor: Tensor) -> list[tuple[str, torch.dtype]]:
-    """Digest and dtype of a weight, of each of its tensors where it is made of several."""
-    return [(_tensor_digest(part), part.dtype) for part in _tensors_of(stored_weight(backbone, name, tensor))]
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous()
-    header = f"{data.dtype}{list(data.shape)}".encode()
-    digest = hashlib.sha256(header)
-    digest.update(data.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

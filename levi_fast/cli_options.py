@@ -127,8 +127,8 @@ BackboneOption = Annotated[
 BackboneDtypeOption = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16 or int8 (CPU): fewer bits are faster and change the taps a little; the model "
-        "remembers.",
+        help="float32, bfloat16, int8 or int4 (CPU; int4 by torchao): fewer bits take less memory and change the "
+        "taps a little; the model remembers.",
         show_default="as the checkpoint has it",
         rich_help_panel=MODEL,
     ),

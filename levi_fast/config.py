@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from levi_fast.backbone_training import BACKBONE_TRAINING, check_lora
 from levi_fast.config_checks import check_levi_config
 from levi_fast.errors import DataError
-from levi_fast.quantization import check_backbone_dtype
+from levi_fast.quantization import QUANTIZED, check_backbone_dtype
 from levi_fast.reference import ACTIVATIONS, OBJECTIVES, PROBLEM_TYPES
 from levi_fast.taps import POOLINGS
 
@@ -23,8 +23,9 @@ class LeviConfig(PreTrainedConfig):
         backbone: where the frozen backbone comes from: a hub id or a folder. Set by ``get_levi_model`` from the
             backbone itself; a saved folder never holds an absolute path.
         backbone_fingerprint: digest of the backbone's weights, checked on load; set by ``get_levi_model``.
-        backbone_dtype: "float32", "bfloat16" or "int8" (see :mod:`levi_fast.quantization`), as which a backbone that
-            is given by name is loaded; None keeps the checkpoint's. Set by ``get_levi_model`` from the backbone.
+        backbone_dtype: "float32", "bfloat16", "int8" or "int4" (see :mod:`levi_fast.quantization`), as which a
+            backbone that is given by name is loaded; None keeps the checkpoint's. Set by ``get_levi_model`` from the
+            backbone.
         backbone_training: "frozen", "lora" (adapters trained with the ensemble; needs peft) or "full" (the whole
             backbone as far as the last tap).
         lora: settings of "lora": "r", "lora_alpha", "lora_dropout", "target_modules" (names of linear layers; None is
@@ -131,8 +132,8 @@ class LeviConfig(PreTrainedConfig):
             self.lora = check_lora(self.lora)
         elif self.lora is not None:
             raise ValueError(f"lora: only with backbone_training='lora', got {self.backbone_training!r}")
-        if self.backbone_training != "frozen" and self.backbone_dtype == "int8":
-            raise ValueError("backbone_training: an int8 backbone can only be 'frozen'")
+        if self.backbone_training != "frozen" and self.backbone_dtype in QUANTIZED:
+            raise ValueError(f"backbone_training: an {self.backbone_dtype} backbone can only be 'frozen'")
         if self.backbone_training != "frozen" and self.taps == "none":
             raise ValueError("backbone_training: taps='none' leaves no backbone to train")
         if self.problem_type is not None:

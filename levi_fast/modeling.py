@@ -24,10 +24,11 @@ from levi_fast.backbone_training import (
     train_up_to,
     without_untrained,
 )
-from levi_fast.backbones import BackboneRecord, backbone_name, fingerprint, load_backbone
+from levi_fast.backbones import BackboneRecord, backbone_name, load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.config_checks import check_levi_config, read_json
 from levi_fast.errors import BackboneMismatchError, DataError
+from levi_fast.fingerprints import fingerprint
 from levi_fast.heads import build_head
 from levi_fast.model_folder import (
     BACKBONE_FOLDER,
@@ -43,7 +44,7 @@ from levi_fast.model_folder import (
 from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
 from levi_fast.objective import objective_loss
 from levi_fast.offloading import is_offloaded, is_placed, leave_backbone_alone, save_offloaded
-from levi_fast.quantization import backbone_dtype
+from levi_fast.quantization import QUANTIZED, backbone_dtype
 from levi_fast.reference import blend
 from levi_fast.storage import staged_directory
 from levi_fast.taps import TapExtractor
@@ -296,8 +297,8 @@ class LeviModel(PreTrainedModel):
             **kwargs: transformers'.
 
         Raises:
-            ValueError: ``include_backbone`` where there is none, or one that cannot be written (int8, no transformers
-                model).
+            ValueError: ``include_backbone`` where there is none, or one that cannot be written (int8, int4, no
+                transformers model).
         """
         if include_backbone and not isinstance(self.backbone, PreTrainedModel):
             raise ValueError(
@@ -308,8 +309,11 @@ class LeviModel(PreTrainedModel):
                 f"include_backbone: expected a frozen backbone, and backbone_training is "
                 f"{self.config.backbone_training!r}; what is trained of it is saved in any case"
             )
-        if include_backbone and self.config.backbone_dtype == "int8":
-            raise ValueError("include_backbone: an int8 backbone is made anew on each load, from the one it names")
+        dtype = self.config.backbone_dtype
+        if include_backbone and dtype in QUANTIZED:
+            raise ValueError(
+                f"include_backbone: an {dtype} backbone is made anew on each load, from the one it names"
+            )
         if not kwargs.get("is_main_process", args[0] if args else True):
             return
         folder = Path(save_directory)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from levi_fast.backbones import backbone_name, fingerprint, load_backbone
+from levi_fast.backbones import backbone_name, load_backbone
 from levi_fast.cache.build import Builder, Job, Progress, probe
 from levi_fast.cache.estimate import Estimate
 from levi_fast.cache.key import config_key, preprocessor_key
@@ -25,6 +25,7 @@ from levi_fast.cache.store import Store, damage, open_store, read_manifest
 from levi_fast.cache.weights import describe_files, weight_files
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.errors import DataError
+from levi_fast.fingerprints import fingerprint
 from levi_fast.offloading import input_device, is_placed
 from levi_fast.quantization import backbone_dtype as kept_dtype
 from levi_fast.taps import Pooling, TapExtractor

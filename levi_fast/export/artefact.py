@@ -26,6 +26,7 @@ from levi_fast.export.tracing import custom_ops, trace
 from levi_fast.kernels import native
 from levi_fast.modeling import LeviModel
 from levi_fast.offloading import is_placed
+from levi_fast.quantization import QUANTIZED
 from levi_fast.storage import staged_directory, write_atomic
 
 FORMATS = ("pt2", "onnx", "aoti")
@@ -173,8 +174,9 @@ def _check(model: LeviModel, file: Path, format: str, head_only: bool, ops: str,
         raise DataError("model: a model of tokens (pooling='token') cannot be exported")
     if not head_only and model.extractor is not None and model.extractor.reads_decoder:
         raise DataError("model: taps of a decoder beside an encoder cannot be traced; export the head (--head-only)")
-    if not head_only and model.config.backbone_dtype == "int8":
-        raise DataError("model: an int8 backbone cannot be traced; export the head alone (--head-only)")
+    if not head_only and model.config.backbone_dtype in QUANTIZED:
+        kept = model.config.backbone_dtype
+        raise DataError(f"model: an {kept} backbone cannot be traced; export the head alone (--head-only)")
     if not head_only and model.backbone is not None and is_placed(model.backbone):
         raise DataError("model: an offloaded backbone cannot be traced; load it whole, or export the head alone")
     formats.require_tools(format, verify)

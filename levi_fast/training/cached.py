@@ -10,7 +10,6 @@ import torch
 
 from levi_fast.backbones import (
     BackboneRecord,
-    fingerprint,
     load_backbone,
     load_backbone_config,
     packaged_folder,
@@ -23,6 +22,7 @@ from levi_fast.cache.manifest import Manifest
 from levi_fast.cache.store import LocalStore, Store, open_store, read_manifest
 from levi_fast.cache.weights import same_files, weight_files
 from levi_fast.errors import DataError
+from levi_fast.fingerprints import fingerprint
 from levi_fast.quantization import backbone_dtype as kept_dtype
 from levi_fast.report.console import Console
 from levi_fast.selection import resolve_taps

@@ -12,7 +12,7 @@ from levi_fast.backbones import DEFAULT_BACKBONE
 from levi_fast.cache.manifest import DTYPES
 from levi_fast.data.tables import Columns
 from levi_fast.errors import DataError
-from levi_fast.quantization import check_backbone_dtype
+from levi_fast.quantization import QUANTIZED, check_backbone_dtype
 from levi_fast.report.console import Console
 from levi_fast.selection import data_dependent
 from levi_fast.training.cached import CacheRequest
@@ -172,8 +172,8 @@ def _check_backbone_training(request: TrainRequest) -> None:
         raise DataError(f"--cache: keeps the taps of a frozen backbone, and here it is trained ({training})")
     if request.include_backbone:
         raise DataError(f"--include-backbone: a trained backbone ({training}) is saved in any case")
-    if request.backbone_dtype == "int8":
-        raise DataError(f"--backbone-dtype int8: cannot be trained ({training})")
+    if request.backbone_dtype in QUANTIZED:
+        raise DataError(f"--backbone-dtype {request.backbone_dtype}: cannot be trained ({training})")
 
 
 def checkpoint_options(
@@ -239,5 +239,5 @@ def _check_backbone_dtype(dtype: str | None, device: str) -> None:
         check_backbone_dtype(dtype, "--backbone-dtype")
     except ValueError as error:
         raise DataError(str(error)) from error
-    if dtype == "int8" and resolve_device(device).type != "cpu":
-        raise DataError("--backbone-dtype int8 runs on the CPU alone; add --device cpu")
+    if dtype in QUANTIZED and resolve_device(device).type != "cpu":
+        raise DataError(f"--backbone-dtype {dtype} runs on the CPU alone; add --device cpu")

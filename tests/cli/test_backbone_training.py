@@ -58,6 +58,7 @@ def test_the_backbones_learning_rate_is_its_own(
         (["--backbone-training", "full", "--method", "task-model"], "--method task-model has no backbone"),
         (["--backbone-training", "full", "--include-backbone"], "--include-backbone: a trained backbone (full)"),
         (["--backbone-training", "lora", "--backbone-dtype", "int8"], "--backbone-dtype int8: cannot be trained"),
+        (["--backbone-training", "full", "--backbone-dtype", "int4"], "--backbone-dtype int4: cannot be trained"),
         (["--backbone-training", "full", "--backbone-learning-rate", "0"], "expected a positive number, got 0.0"),
     ],
 )

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from levi_fast import DEFAULT_BACKBONE, DataError, TapExtractor, load_backbone, load_tokenizer
-from levi_fast.backbones import backbone_name, fingerprint, packaged_folder
+from levi_fast.backbones import backbone_name, packaged_folder
+from levi_fast.fingerprints import fingerprint
 
 needs_minilm = pytest.mark.skipif(
     packaged_folder(DEFAULT_BACKBONE) is None,

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from levi_fast import ActivationCache, DataError, LeviConfig, LeviModel, TapExtractor, get_levi_model, load_backbone
-from levi_fast.backbones import fingerprint
+from levi_fast.fingerprints import fingerprint
 from levi_fast.offloading import input_device, is_offloaded, is_placed
 from levi_fast.sharding import shard_backbone
 
