@@ -137,7 +137,7 @@ def train(
         str,
         typer.Option(
             help="Weight of the prediction with the task model hidden: a number from 0 to 1, or auto: of 0, "
-            "0.25 and 0.5 the largest that ID validation cannot tell from the best.",
+            "0.5 and 1 the largest that ID validation cannot tell from the best.",
             rich_help_panel=MODEL,
         ),
     ] = "auto",

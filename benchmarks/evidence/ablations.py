@@ -89,9 +89,7 @@ def main() -> None:
         missing = {variant.name for variant in record.missing(asked.data, seed, [variant for _, variant in grouped])}
         group_of_seed = load(asked.data, asked.shared, seed, asked.work, console) if missing else None
         for group, variant in grouped:
-            if variant.name not in missing or group_of_seed is None:
-                continue
-            if variant.rows is not None and variant.rows > len(group_of_seed.prepared.splits.train):
+            if variant.name not in missing or group_of_seed is None or not group_of_seed.has(variant):
                 continue
             found = figures(*train(group_of_seed, variant))
             record.add({"data": asked.data, "seed": seed, "group": group, "variant": variant.name, **found})

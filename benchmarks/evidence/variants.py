@@ -39,7 +39,8 @@ class Variant:
         name: in the results.
         method: as in ``--method``.
         model: fields of LeviConfig; a selector as "taps" is resolved on the training data.
-        task_model: entries of the task model's specification, where it has them.
+        task_model: entries of the task model's specification.
+        text: whether it is about a task model that reads text.
         rows: of the training rows, that many, drawn by the seed; None takes all.
     """
 
@@ -48,6 +49,7 @@ class Variant:
     model: Mapping[str, Any] = field(default_factory=dict)
     task_model: Mapping[str, Any] = field(default_factory=dict)
     rows: int | None = None
+    text: bool = False
 
 
 @dataclass
@@ -58,6 +60,11 @@ class Group:
     prepared: Prepared
     bank: TapBank
     console: Console
+
+    def has(self, variant: Variant) -> bool:
+        """Whether a variant is one of this data set: it has the rows and the task model for it."""
+        rows, spec = len(self.prepared.splits.train), self.prepared.config.task_model or {}
+        return (variant.rows or 0) <= rows and (not variant.text or spec.get("type") == "text")
 
 
 def load(name: str, shared: Path, seed: int, caches: Path, console: Console) -> Group:
