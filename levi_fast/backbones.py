@@ -226,6 +226,25 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_image_processor(name: str) -> Any:
+    """Load the image processor that belongs to a vision backbone.
+
+    Raises:
+        DataError: if it cannot be loaded: the backbone reads no images, or Pillow is missing.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(_base_of(resolve_backbone(name)), trust_remote_code=False)
+    except Exception as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"backbone: {name!r} has no image processor that can be loaded; images need a vision model, such as "
+            f"google/vit-base-patch16-224-in21k: {_first_line(error)}"
+        ) from error
+
+
 def backbone_name(backbone: nn.Module) -> str | None:
     """The hub id or folder a backbone was loaded from, if it knows; a packaged copy answers its hub id."""
     name = getattr(getattr(backbone, "config", None), "_name_or_path", None) or None

@@ -43,7 +43,11 @@ TestOption = Annotated[
 ]
 OodOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=FILE", help="A named out-of-distribution file; repeatable.", rich_help_panel=DATA),
+    typer.Option(
+        metavar="NAME=FILE",
+        help="A named out-of-distribution file (image-folders, retinopathy: folder); repeatable.",
+        rich_help_panel=DATA,
+    ),
 ]
 TextColumnOption = Annotated[
     list[str] | None,
@@ -89,7 +93,11 @@ MaxLengthOption = Annotated[
 ]
 TaskNameOption = Annotated[
     str | None,
-    typer.Option(help="A named data set in place of --train: movielens, amazon or digits.", rich_help_panel=DATA),
+    typer.Option(
+        help="A named data set in place of --train: movielens, amazon, image-folders, domainnet, retinopathy, "
+        "digits.",
+        rich_help_panel=DATA,
+    ),
 ]
 TaskDataOption = Annotated[
     str | None,
@@ -103,17 +111,27 @@ SplitOption = Annotated[
     str | None,
     typer.Option(
         help="movielens: what is held out as OOD, genres (the default) or years. amazon: the categories to train on, "
-        "separated by commas; the others are OOD.",
+        "separated by commas; the others are OOD. domainnet: the domains, likewise.",
         rich_help_panel=DATA,
     ),
 ]
 MaxTrainRowsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="amazon: draw that many training rows.", show_default="20000", rich_help_panel=DATA),
+    typer.Option(
+        min=1,
+        help="amazon, images: draw that many training rows.",
+        show_default="amazon 20000, else all",
+        rich_help_panel=DATA,
+    ),
 ]
 MaxEvalRowsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="amazon: and of every other set.", show_default="2000", rich_help_panel=DATA),
+    typer.Option(
+        min=1,
+        help="amazon, images: and of every other set.",
+        show_default="amazon 2000, else all",
+        rich_help_panel=DATA,
+    ),
 ]
 BackboneOption = Annotated[
     str | None,
@@ -212,16 +230,23 @@ def data_fields(
         DataError: options that do not go together, or a malformed ``--ood``.
     """
     from levi_fast.data.tables import Columns
+    from levi_fast.training.image_tasks import IMAGE_TASKS, WITH_OOD_FOLDERS
 
+    oods = parse_ood(ood or [])
     if task_name is not None and (
-        train_file or validation or test or ood or text_column or label_column or split_column
+        train_file
+        or validation
+        or test
+        or text_column
+        or label_column
+        or split_column
+        or (oods and task_name not in WITH_OOD_FOLDERS)
     ):
         raise DataError("--task-name brings its own data: leave out --train, --validation, --test, --ood and columns")
     if task_name is None and data is not None:
         raise DataError("--data: only with --task-name; give your own files with --train")
-    if task_name != "amazon" and (max_train_rows is not None or max_eval_rows is not None):
-        raise DataError("--max-train-rows, --max-eval-rows: only with --task-name amazon; other data is read whole")
-    oods = parse_ood(ood or [])
+    if task_name not in ("amazon", *IMAGE_TASKS) and (max_train_rows is not None or max_eval_rows is not None):
+        raise DataError(f"--max-train-rows, --max-eval-rows: only with --task-name amazon, {', '.join(IMAGE_TASKS)}")
     columns = Columns(
         tuple(text_column or ()),
         tuple(numeric_column or ()),
@@ -242,6 +267,7 @@ def data_fields(
         "split": split,
         "max_train_rows": max_train_rows,
         "max_eval_rows": max_eval_rows,
+        "ood": {} if task_name is None else oods,
     }
 
 

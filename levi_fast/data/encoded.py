@@ -40,6 +40,9 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         labels: int64 ``[N]``, float32 ``[N, C]`` or float32 ``[N]``; None when unknown.
         num_truncated: how many texts were cut to the maximal length.
 
+    Attributes:
+        classes: int64, the classes among which predictions are made; None for all.
+
     Raises:
         DataError: naming the first row whose text has no token at all: it would be all padding.
     """
@@ -59,6 +62,7 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.features = dict(features or {})
         self.labels = labels
         self.num_truncated = num_truncated
+        self.classes: Tensor | None = None
         self.token_ids: Tensor | None = None  # [tokens of all rows]
         self.starts = self.lengths = torch.empty(0, dtype=torch.int64)
         if token_ids is not None:
@@ -206,10 +210,11 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         rows = torch.as_tensor(indices, dtype=torch.int64)
         batch = {}
         if self._carries_inputs:
-            batch.update(self.tokens(rows))
+            batch.update(self.backbone_inputs(rows))
         if self._taps is not None:
             batch["taps"] = self._taps[rows if self._tap_rows is None else self._tap_rows[rows]]
-        batch.update({key: value[rows] for key, value in self.features.items() if self._carries(key)})
+        further = [key for key in self.features if key not in batch and self._carries(key)]
+        batch.update({key: self.features[key][rows] for key in further})
         if self.labels is not None:
             batch["labels"] = self.labels[rows]
         return batch

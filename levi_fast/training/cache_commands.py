@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from levi_fast.backbones import load_backbone_config, load_tokenizer
+from levi_fast.backbones import load_backbone_config
 from levi_fast.cache import ActivationCache, Estimate
 from levi_fast.cache.estimate import readable_bytes
 from levi_fast.cache.manifest import Manifest
@@ -125,8 +125,8 @@ def _prepare(request: TrainRequest, console: Console) -> tuple[CacheRequest, Spl
     if isinstance(task, TableTask) and not task.processor.columns.text:
         raise DataError("--text-column: expected the text that the backbone is to read")
     name = backbone_of(request, task, console)
-    config = load_backbone_config(name)
-    tokenizer = load_tokenizer(name) if task.processor.columns.text else None
+    tokenizer, config = task.load_preprocessor(name), load_backbone_config(name)
     with console.status("reading the data"):
         splits = task.encode(tokenizer, max_length=request.max_length, backbone_config=config)
-    return cache_request(request, name, tokenizer, task.processor.max_length), splits
+    max_length = task.processor.max_length if task.processor.columns.text else None
+    return cache_request(request, name, tokenizer, max_length), splits

@@ -43,7 +43,7 @@ class CacheRequest:
         backbone: hub id or folder.
         backbone_dtype: that it is loaded in; None keeps the checkpoint's.
         taps, pooling: see :class:`levi_fast.LeviConfig`; taps None takes whatever the cache has (new: all).
-        tokenizer, max_length: what made the token ids; None for images.
+        tokenizer, max_length: what made the token ids; of images, the image processor, where there is one, and None.
         dtype: that taps are stored in; None takes whatever the cache has (new: float32).
         batch_size: texts per forward pass, of a new cache.
         device: where the backbone runs.

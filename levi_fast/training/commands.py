@@ -15,7 +15,6 @@ from levi_fast.backbones import (
     BackboneRecord,
     load_backbone,
     load_backbone_config,
-    load_tokenizer,
 )
 from levi_fast.cache.ranks import World
 from levi_fast.config import LeviConfig
@@ -91,7 +90,7 @@ class Prepared:
         name: of the backbone.
         backbone: frozen; None for a method without one; a record of it where its taps come from a cache (None before
             :func:`build_bank` has opened that).
-        tokenizer: None where no text is read.
+        tokenizer: or the image processor; None where the backbone reads neither.
         task, splits: the data.
         spec: of the task model, or None.
         config: of LEVI for this task.
@@ -133,7 +132,7 @@ def prepare(request: TrainRequest, console: Console, *, beside: Prepared | None 
     if beside is not None:
         tokenizer, backbone = beside.tokenizer, beside.backbone
     else:
-        tokenizer = load_tokenizer(name) if task.processor.columns.text else None
+        tokenizer = task.load_preprocessor(name)
         backbone = None
         # where its taps come from a cache, only a folder that is to hold the backbone needs it
         if has_backbone and (request.cache is None or request.include_backbone):
@@ -143,7 +142,7 @@ def prepare(request: TrainRequest, console: Console, *, beside: Prepared | None 
     with console.status("reading the data"):
         splits = task.encode(tokenizer, max_length=request.max_length, backbone_config=backbone_config)
     console.note(f"rows: {_sizes(splits)}")
-    spec = task.task_model(request.task_model, None if tokenizer is None else len(tokenizer))
+    spec = task.task_model(request.task_model, len(tokenizer) if task.processor.columns.text else None)
     config = build_config(task.processor, spec, request.model)
     return Prepared(name, backbone, tokenizer, task, splits, spec, config)
 
@@ -168,8 +167,8 @@ def write_model(
     """Write a model folder's files: the model, what reads its data, ``metrics.json`` and the model card."""
     result.model.save_pretrained(stage, include_backbone=request.include_backbone)
     if prepared.tokenizer is not None:
-        # what a pipeline cuts its texts to with truncation=True
-        prepared.tokenizer.model_max_length = prepared.task.processor.max_length
+        if prepared.reads_text:  # what a pipeline cuts its texts to with truncation=True
+            prepared.tokenizer.model_max_length = prepared.task.processor.max_length
         prepared.tokenizer.save_pretrained(stage)
     prepared.task.save(stage)
     write_metrics(stage / METRICS_FILE, document)
@@ -286,7 +285,8 @@ def apply_selection(selection: TapSelection, request: TrainRequest, prepared: Pr
 def _read_taps(request: TrainRequest, prepared: Prepared, console: Console) -> TapBank | None:
     config = method_config(request.method, prepared.config)
     if request.cache is not None:
-        wanted = cache_request(request, prepared.name, prepared.tokenizer, prepared.task.processor.max_length)
+        max_length = prepared.task.processor.max_length if prepared.reads_text else None
+        wanted = cache_request(request, prepared.name, prepared.tokenizer, max_length)
         record, bank = cached_taps(wanted, prepared.splits, console)
         prepared.backbone = prepared.backbone or record
         return bank

@@ -25,7 +25,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,18 +188,16 @@ def _data(entry: Any, folder: Path) -> ComparedData:
     if entry.get("task_name") is not None:
         fields = {"task_name": entry["task_name"], "data": located(entry.get("data"))}
         split = entry.get("split")
+        fields["ood"] = _located_ood(entry, name, located)
         fields["split"] = ",".join(map(str, split)) if isinstance(split, list) else split
         return ComparedData(name, {**fields, "problem_type": entry.get("problem_type")})
     if entry.get("train") is None:
         raise DataError(f"data: {name}: expected train: FILE, or task_name with data: DIR")
-    ood = entry.get("ood") or {}
-    if not isinstance(ood, dict):
-        raise DataError(f"data: {name}: ood: expected names with files, got {ood!r}")
     files = TableFiles(
         str(located(entry["train"])),
         located(entry.get("validation")),
         located(entry.get("test")),
-        {str(split): str(located(file)) for split, file in ood.items()},
+        _located_ood(entry, name, located),
     )
     columns = Columns(
         _listed(entry.get("text_column")),
@@ -210,6 +208,13 @@ def _data(entry: Any, folder: Path) -> ComparedData:
     )
     given = {key: entry[key] for key in ("problem_type", "label_separator") if entry.get(key) is not None}
     return ComparedData(name, {"files": files, "columns": columns, **given})
+
+
+def _located_ood(entry: Mapping[str, Any], name: str, located: Callable[[Any], str | None]) -> dict[str, str]:
+    ood = entry.get("ood") or {}
+    if not isinstance(ood, dict):
+        raise DataError(f"data: {name}: ood: expected names with files, got {ood!r}")
+    return {str(split): str(located(file)) for split, file in ood.items()}
 
 
 def _listed(value: Any) -> tuple[str, ...]:

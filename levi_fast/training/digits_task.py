@@ -84,6 +84,9 @@ class DigitsTask:
             write_atomic(stage / PRETRAINING_FILE, json.dumps(document, indent=2) + "\n")
         return str(place)
 
+    def load_preprocessor(self, backbone: str) -> None:
+        """Nothing: the pixels are made as the stand-in reads them."""
+
     def encode(self, tokenizer: Any, *, max_length: int | None, backbone_config: Any) -> Splits:
         """Pixels from -1 to 1 as ``pixel_values``; there is no text, and the arguments are not used."""
         encoded = {

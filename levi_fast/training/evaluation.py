@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from levi_fast.backbones import load_backbone, load_tokenizer
+from levi_fast.backbones import load_backbone, load_image_processor, load_tokenizer
 from levi_fast.config import LeviConfig
+from levi_fast.data.encoded import EncodedDataset
+from levi_fast.data.images import EncodedImages
 from levi_fast.data.preprocessing import TableProcessor, warn_truncated
 from levi_fast.data.tables import read_table
 from levi_fast.errors import DataError
@@ -21,7 +23,8 @@ from levi_fast.report.metrics_file import versions, write_metrics
 from levi_fast.report.tables import split_table
 from levi_fast.storage import write_atomic
 from levi_fast.training.fit import resolve_device
-from levi_fast.training.named_tasks import TASK_FILE, NamedTask, load_saved_task
+from levi_fast.training.image_tasks import IMAGE_TASKS, read_image_set
+from levi_fast.training.named_tasks import NamedTask, load_saved_task, saved_task_name
 from levi_fast.training.prediction import predict, readable_predictions
 from levi_fast.training.runs import move, score
 
@@ -58,18 +61,23 @@ def evaluate(
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise DataError(f"{flag}: {Path(path).absolute().parent} is no folder")
     processor = TableProcessor.load(model_folder)
-    if predictions is not None and (Path(model_folder) / TASK_FILE).is_file():
-        raise DataError("--predictions: only for models trained on your own files")
-    named = load_saved_task(model_folder, data)
-    if named is not None:
+    name = saved_task_name(model_folder)
+    if name in IMAGE_TASKS:
+        assert processor.labels is not None
+        images = read_image_set(name, data, processor.labels.names)
+        dataset: EncodedDataset = EncodedImages(images, load_image_processor(model_folder))
+    elif name is not None:
+        if predictions is not None:
+            raise DataError("--predictions: only for models trained on your own files or on images")
+        named = load_saved_task(model_folder, data)
         return _evaluate_named(named, model_folder, data, processor, console, output, backbone, target_device)
-    table = read_table(data, processor.columns, label_required=predictions is None)
-    processor.check(table)
+    else:
+        table = read_table(data, processor.columns, label_required=predictions is None)
+        processor.check(table)
+        dataset = processor.encode(table, load_tokenizer(model_folder) if processor.columns.text else None)
+        warn_truncated([dataset], processor.max_length)
     model = _load_model(model_folder, backbone, console)
     move(model, target_device)
-    tokenizer = load_tokenizer(model_folder) if processor.columns.text else None
-    dataset = processor.encode(table, tokenizer)
-    warn_truncated([dataset], processor.max_length)
     with console.progress("backbone") as report:
         found = predict(model, dataset, backbone_batch_size=backbone_batch_size, progress=report)
     document: dict[str, Any] = {"data": data, "rows": len(dataset), "method_config": _brief(model.config)}

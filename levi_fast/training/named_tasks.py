@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from levi_fast.backbones import load_tokenizer
 from levi_fast.config_checks import read_json
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.data.labels import REGRESSION, LabelSpace
@@ -16,13 +18,14 @@ from levi_fast.data.preprocessing import TableProcessor, length_limit, pad_token
 from levi_fast.data.tables import Columns
 from levi_fast.errors import DataError
 from levi_fast.storage import write_atomic
+from levi_fast.training.image_tasks import IMAGE_TASKS, WITH_OOD_FOLDERS, ImageTask
 from levi_fast.training.runs import Splits
-from levi_fast.training.tasks import TableTask, splits_of
+from levi_fast.training.tasks import TASK_FILE, TableTask, splits_of
 
-TASK_FILE = "levi_task.json"
 NAMED_TASKS = {
     "movielens": "the folder with ratings.csv and movies.csv",
     "amazon": "a folder with files such as Books.json.gz, or one of them",
+    **IMAGE_TASKS,
     "digits": "a folder for the small ViT that the first run pre-trains",
 }
 """Name -> what --data is."""
@@ -36,6 +39,8 @@ class NamedTask(Protocol):
     """What ``levi-fast train`` asks of data: see :class:`levi_fast.training.tasks.TableTask`."""
 
     processor: TableProcessor
+
+    def load_preprocessor(self, backbone: str) -> Any: ...
 
     def encode(self, tokenizer: Any, *, max_length: int | None, backbone_config: Any) -> Splits: ...
 
@@ -53,6 +58,7 @@ def load_named_task(
     problem_type: str | None = None,
     max_train_rows: int | None = None,
     max_eval_rows: int | None = None,
+    ood: Mapping[str, str] | None = None,
 ) -> NamedTask:
     """Read and split a named data set.
 
@@ -62,7 +68,8 @@ def load_named_task(
         split: what is held out or trained on; see ``--split``.
         seed: of what is drawn.
         problem_type: where the labels can be read in several ways (amazon).
-        max_train_rows, max_eval_rows: how many rows are drawn (amazon); None takes the data set's own number.
+        max_train_rows, max_eval_rows: how many rows are drawn (amazon, images); None takes the data set's own number.
+        ood: further folders by name (image-folders, retinopathy).
 
     Raises:
         DataError: an unknown name, or data that cannot be used.
@@ -71,8 +78,12 @@ def load_named_task(
         raise DataError(f"--task-name: expected {', '.join(NAMED_TASKS)}, got {name!r}")
     if data is None:
         raise DataError(f"--task-name {name} needs --data, {NAMED_TASKS[name]}")
+    if ood and name not in WITH_OOD_FOLDERS:
+        raise DataError(f"--ood: --task-name {name} brings its own OOD sets")
     if name == "movielens":
         return MovieLensSplits.load(data, split or "genres", seed)
+    if name in IMAGE_TASKS:
+        return ImageTask.read(name, data, split, seed, max_train_rows, max_eval_rows, ood or {})
     if name == "digits":
         from levi_fast.training.digits_task import DigitsTask
 
@@ -150,6 +161,10 @@ class MovieLensSplits:
         processor = TableProcessor(Columns(text=("text",), label="rating"), labels, max_length=256)
         return cls(examples, split, seed, processor)
 
+    def load_preprocessor(self, backbone: str) -> Any:
+        """The backbone's tokenizer."""
+        return load_tokenizer(backbone)
+
     def encode(self, tokenizer: Any, *, max_length: int | None, backbone_config: Any) -> Splits:
         """As :meth:`TableTask.encode`."""
         if tokenizer is not None:
@@ -185,15 +200,28 @@ class MovieLensSplits:
         write_atomic(directory / TASK_FILE, json.dumps(document, indent=2) + "\n")
 
 
-def load_saved_task(directory: str | Path, data: str) -> NamedTask | None:
-    """The named task that a model folder was trained on, split alike, of the data at ``data``; None for own files.
+def saved_task_name(directory: str | Path) -> str | None:
+    """Which named data set a model folder was trained on; None for the user's own files.
 
     Raises:
-        DataError: data that cannot be used.
+        DataError: a damaged file, or a data set that this version does not know.
     """
     file = Path(directory) / TASK_FILE
     if not file.is_file():
         return None
+    name = read_json(file).get("task")
+    if name not in NAMED_TASKS:
+        raise DataError(f"{file}: task: expected {', '.join(NAMED_TASKS)}, got {name!r}")
+    return str(name)
+
+
+def load_saved_task(directory: str | Path, data: str) -> NamedTask:
+    """The named task that a model folder was trained on, of the data at ``data``, split alike.
+
+    Raises:
+        DataError: data that cannot be used, or settings that training did not write.
+    """
+    file = Path(directory) / TASK_FILE
     settings = read_json(file)
     try:
         name = settings.pop("task")

@@ -15,6 +15,8 @@ from levi_fast.training.features import Progress, precompute_unique_taps
 # One size wherever a head is evaluated: a matrix product's last bits may depend on how many rows it has, and the
 # figures of training are to be those of a later evaluation.
 EVALUATION_BATCH_SIZE = 256
+# In place of the logit of a class that is not asked for: no probability is left, and arithmetic stays finite.
+_NOT_ASKED = -1e9
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def predict(
     """Predict every row, in order.
 
     Taps that are attached to the data set are used; otherwise the backbone runs once over its distinct texts, in the
-    same batches as in training, so that the same file gives the same bits.
+    same batches as in training, so that the same file gives the same bits. Where the data set names ``classes``, the
+    logits of the others are -1e9.
 
     Args:
         model: put into eval mode; its device is used.
@@ -73,11 +76,18 @@ def predict(
         if needs_taps:
             dataset.set_taps(None)
         model.train(was_training)
-    return Predictions(
+    found = Predictions(
         np.concatenate(logits),
         np.concatenate(without_view) if without_view else None,
         np.concatenate(layers, axis=1) if layers else None,
     )
+    if dataset.classes is not None:
+        hidden = np.ones(found.logits.shape[-1], dtype=bool)
+        hidden[dataset.classes.numpy()] = False
+        for part in (found.logits, found.logits_without_view, found.layer_logits):
+            if part is not None:
+                part[..., hidden] = _NOT_ASKED
+    return found
 
 
 def readable_predictions(logits: np.ndarray, labels: LabelSpace) -> dict[str, list[object]]:

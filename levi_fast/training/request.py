@@ -38,6 +38,7 @@ class TrainRequest:
     split: str | None = None
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
+    ood: Mapping[str, str] = field(default_factory=dict)  # of a named data set; else in files
     backbone: str | None = None
     backbone_dtype: str | None = None
     method: str = "levi"
@@ -113,6 +114,7 @@ def load_task(request: TrainRequest) -> NamedTask:
             problem_type=request.problem_type,
             max_train_rows=request.max_train_rows,
             max_eval_rows=request.max_eval_rows,
+            ood=request.ood,
         )
     if request.files is None:
         names = ", ".join(NAMED_TASKS)
@@ -215,7 +217,7 @@ def _check_cache(request: TrainRequest) -> None:
         raise DataError(f"--cache-dtype: expected one of {', '.join(DTYPES)}, got {request.cache_dtype!r}")
 
 
-def cache_request(request: TrainRequest, backbone: str, tokenizer: Any, max_length: int) -> CacheRequest:
+def cache_request(request: TrainRequest, backbone: str, tokenizer: Any, max_length: int | None) -> CacheRequest:
     """The part of a request that its taps depend on; ``backbone`` is what :func:`backbone_of` answers."""
     assert request.cache is not None
     asked = request.model.get("taps", "all")
@@ -227,7 +229,7 @@ def cache_request(request: TrainRequest, backbone: str, tokenizer: Any, max_leng
         taps=None if find_method(request.method).fixes_taps or request.selects_taps else asked,
         pooling=request.model.get("pooling", "mean"),
         tokenizer=tokenizer,
-        max_length=None if tokenizer is None else max_length,
+        max_length=max_length,
         dtype=request.cache_dtype,
         batch_size=request.backbone_batch_size,
         device=resolve_device(request.options.device),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from levi_fast.backbones import load_tokenizer
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.data.preprocessing import (
     TableProcessor,
@@ -19,6 +20,7 @@ from levi_fast.data.tables import Columns, Table, read_table
 from levi_fast.errors import DataError
 from levi_fast.training.runs import Splits
 
+TASK_FILE = "levi_task.json"  # which named data set a model folder was trained on
 VALIDATION_FRACTION = 0.1
 TASK_MODELS = ("auto", "text", "tabular", "table", "none")
 
@@ -98,6 +100,10 @@ class TableTask:
             )
             processor = replace(fitted, labels=labels)
         return cls(processor, dict(tables), inferred=problem_type is None)
+
+    def load_preprocessor(self, backbone: str) -> Any:
+        """The backbone's tokenizer; None where no text is read."""
+        return load_tokenizer(backbone) if self.processor.columns.text else None
 
     def encode(self, tokenizer: Any, *, max_length: int | None, backbone_config: Any) -> Splits:
         """Tokenise; one warning says how many texts were cut.

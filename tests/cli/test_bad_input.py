@@ -209,9 +209,8 @@ class TestArguments:
 
     def test_named_task(self, refused: Callable[..., str], tmp_path: Path) -> None:
         output = ["--output", str(tmp_path / "model")]
-        assert "--task-name: expected movielens, amazon, digits, got 'imdb'" in refused(
-            "train", "--task-name", "imdb", *output
-        )
+        names = "movielens, amazon, image-folders, domainnet, retinopathy, digits"
+        assert f"--task-name: expected {names}, got 'imdb'" in refused("train", "--task-name", "imdb", *output)
         assert "needs --data" in refused("train", "--task-name", "movielens", *output)
         assert "movies.csv is missing" in refused(
             "train", "--task-name", "movielens", "--data", str(tmp_path), *output
