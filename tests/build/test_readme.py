@@ -13,6 +13,7 @@ from levi_fast.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def test_every_link_to_a_file_leads_to_one() -> None:
@@ -33,9 +34,10 @@ def test_the_python_runs() -> None:
     )  # swapped there and back; it holds no reference ensemble to begin with
 
 
-def test_every_command_and_option_exists() -> None:
+@pytest.mark.parametrize("text", [README, DATA], ids=["README.md", "docs/data.md"])
+def test_every_command_and_option_exists(text: str) -> None:
     """Commands indented or fenced, continued by backslashes."""
-    lines = README.replace("\\\n", " ").splitlines()
+    lines = text.replace("\\\n", " ").splitlines()
     commands = [line.strip().split() for line in lines if line.strip().startswith("levi-fast ")]
     assert len(commands) >= 5
     root = typer.main.get_command(app)
