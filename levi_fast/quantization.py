@@ -8,7 +8,6 @@ every :data:`GROUP` weights of a row, and computes in bfloat16. Nothing is calib
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import warnings
 from typing import Any
@@ -39,12 +38,16 @@ def check_backbone_dtype(name: str | None, argument: str = "backbone_dtype") -> 
 def quantize(backbone: nn.Module, dtype: Any) -> nn.Module:
     """A freshly loaded backbone as ``load_backbone``'s ``dtype`` asks for it: itself unless that is int8 or int4."""
     if dtype == "int8":
-        return quantize_int8(backbone)
+        return quantize_int8(backbone, inplace=True)
     return quantize_int4(backbone) if dtype == "int4" else backbone
 
 
-def quantize_int8(backbone: nn.Module) -> nn.Module:
+def quantize_int8(backbone: nn.Module, *, inplace: bool = False) -> nn.Module:
     """A copy of a float32 backbone with its linear layers in int8, in eval mode; it runs on the CPU alone.
+
+    Args:
+        backbone: a module with linear layers.
+        inplace: quantise the backbone itself, which takes the memory of no copy.
 
     Raises:
         DataError: if this torch has no dynamic quantisation, or the backbone has no linear layer to quantise.
@@ -55,7 +58,7 @@ def quantize_int8(backbone: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated in favour of torchao, whose int8 is no faster than fp32 on a CPU
         quantized: nn.Module = quantization.quantize_dynamic(
-            copy.deepcopy(backbone), {nn.Linear: quantization.per_channel_dynamic_qconfig}, inplace=True
+            backbone, {nn.Linear: quantization.per_channel_dynamic_qconfig}, inplace=inplace
         )
     if not _is_int8(quantized):
         raise DataError("backbone_dtype: int8 quantises linear layers (nn.Linear), and this backbone has none")
