@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from levi_fast.config import LeviConfig
 from levi_fast.report.tables import METHOD_TITLES, METRIC_TITLES, figure
+from levi_fast.training.image_tasks import IMAGE_TASKS
 from levi_fast.training.methods import METHODS
 from levi_fast.training.metrics import LOWER_IS_BETTER
 
@@ -42,7 +43,7 @@ in-distribution validation rows alone.
 {{ usage }}
 ```
 
-`levi-fast evaluate --model FOLDER --data FILE` scores a file of the same columns.
+`levi-fast evaluate --model FOLDER --data {{ more }}.
 
 ## Configuration
 
@@ -63,7 +64,7 @@ def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[
     """
     backbone = config.backbone or "no backbone"
     on_hub = config.backbone is not None and not config.backbone.startswith(".")
-    pipeline_tag = PIPELINES.get(str(config.problem_type)) if config.tap_layers is not None else None
+    pipeline_tag = _pipeline(document["task"], config)
     scored = list(document["id"])
     frozen = config.backbone_training == "frozen" and config.tap_layers is not None
     card_data = ModelCardData(
@@ -100,9 +101,20 @@ def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[
         blend=f"{config.blend:g}",
         results=_results(document),
         usage=_usage(config, pipeline_tag),
+        more="IMAGES` scores images of the same classes"
+        if document["task"] in IMAGE_TASKS
+        else "FILE` scores a file of the same columns",
         settings="\n".join(f"- {name}: {value}" for name, value in settings.items()),
     )
     return str(card)
+
+
+def _pipeline(task: str, config: LeviConfig) -> str | None:
+    """Which of transformers' pipelines takes the folder."""
+    if config.tap_layers is None or task == "digits":  # digits has no image processor: its pixels are made
+        return None
+    found = PIPELINES.get(str(config.problem_type))
+    return "image-classification" if found is not None and task in IMAGE_TASKS else found
 
 
 def _description(method: str, config: LeviConfig) -> str:
@@ -145,9 +157,10 @@ def _results(document: Mapping[str, Any]) -> str:
 
 
 def _usage(config: LeviConfig, pipeline_tag: str | None) -> str:
-    if pipeline_tag is None or (config.task_model or {}).get("type") not in (None, "text"):
+    if pipeline_tag is None or (config.task_model or {}).get("type") not in (None, "text", "image"):
         return 'from levi_fast import LeviModel\n\nmodel = LeviModel.from_pretrained("FOLDER")'
+    call = 'classify("image.jpg")' if pipeline_tag == "image-classification" else 'classify(["..."], truncation=True)'
     return (
         "import levi_fast  # makes transformers know LEVI\nfrom transformers import pipeline\n\n"
-        f'classify = pipeline("{pipeline_tag}", model="FOLDER")\nclassify(["..."], truncation=True)'
+        f'classify = pipeline("{pipeline_tag}", model="FOLDER")\n{call}'
     )

@@ -31,6 +31,7 @@ from levi_fast.training.comparison_cells import figures_of, write_predictions
 from levi_fast.training.comparison_file import ComparedData, Comparison
 from levi_fast.training.comparison_summary import summarise
 from levi_fast.training.fit import BACKBONE_LEARNING_RATES, TrainingOptions
+from levi_fast.training.image_tasks import IMAGE_TASKS
 from levi_fast.training.memory import peak_memory
 from levi_fast.training.methods import find_method, method_config
 from levi_fast.training.metrics import SELECTION_METRIC, selection_key
@@ -187,8 +188,12 @@ def _prepare(
 ) -> Group:
     shared = comparison.settings
     with_backbone = [m for m in methods if find_method(m).has_backbone]
-    # another seed may draw other rows, of which one cache would not know
-    drawn = data.task_name is not None or (bool(shared.get("max_train_rows")) and not data.has_own_validation)
+    # another seed may draw other rows, of which one cache would not know; of images it deals out the same ones
+    if data.task_name is None:
+        drawn = bool(shared.get("max_train_rows")) and not data.has_own_validation
+    else:
+        limited = bool(shared.get("max_train_rows") or shared.get("max_eval_rows"))
+        drawn = limited or data.task_name not in IMAGE_TASKS
     place = Path(cache) if cache is not None else folder / "cache"
     fields = dict(data.fields)
     if data.task_name == "digits" and fields.get("data") is None:

@@ -61,6 +61,8 @@ def test_train_and_evaluate(levi_fast: Run, data: tuple[str, ...], tmp_path: Pat
     assert found["sizes"] == {"train": 27, "validation": 3, "test": 9, "ood": {"some": 8}}
     assert json.loads((model / "config.json").read_text())["task_model"]["type"] == "image"
     assert str(tmp_path) not in (model / "levi_task.json").read_text()  # a model folder names no path of its maker
+    card = (model / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card and 'classify("image.jpg")' in card
     out, rows = tmp_path / "again.json", tmp_path / "rows.csv"
     evaluated = ("evaluate", "--model", str(model), "--output", str(out), "--predictions", str(rows))
     status, _, err = levi_fast(*evaluated, "--data", str(tmp_path / "some"))
@@ -110,12 +112,14 @@ def test_compare_file(levi_fast: Run, data: tuple[str, ...], vit: str, tmp_path:
     pytest.importorskip("statsmodels")
     (tmp_path / "compare.yaml").write_text(
         "data: [{name: colours, task_name: image-folders, data: colours, ood: {some: some}}]\n"
-        f"methods: [levi, linear-probe]\nseeds: [0]\nepochs: 1\nbackbone: {vit}\n"
+        f"methods: [levi, linear-probe]\nseeds: [0, 1]\nepochs: 1\nbackbone: {vit}\n"
     )
     status, _, err = levi_fast("compare", str(tmp_path / "compare.yaml"), "--output", str(tmp_path / "compared"))
     assert status == 0, err
     found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
     assert found["data"]["colours"]["splits"] == ["ID", "OOD some"]
+    # the second seed holds out other images of the same ones, and finds their taps where the first left them
+    assert [path.name for path in (tmp_path / "compared" / "cache").iterdir()] == ["colours"]
 
 
 def test_domainnet_and_retinopathy(levi_fast: Run, vit: str, tmp_path: Path) -> None:
