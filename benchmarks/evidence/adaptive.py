@@ -61,12 +61,13 @@ def by_validation(
     return chosen
 
 
+RULE = "largest of 0, 1/2 and 1 within 1 standard error"  # levi_fast.training.metrics.best_blend
 _HALF, _WHOLE = (0.0, 0.25, 0.5), (0.0, 0.25, 0.5, 0.75, 1.0)
 RULES: dict[str, Rule] = {
     **{f"a = {a:g}": lambda *_, a=a: a for a in (0.0, 0.5, 1.0)},
     "best a up to 1/2": partial(by_validation, _HALF, 0),
     "largest a up to 1/2 within 1 standard error": partial(by_validation, _HALF, 1),
-    "largest of 0, 1/2 and 1 within 1 standard error": partial(by_validation, (0.0, 0.5, 1.0), 1),
+    RULE: partial(by_validation, (0.0, 0.5, 1.0), 1),
     "best a up to 1": partial(by_validation, _WHOLE, 0),
     "largest a up to 1 within 1 standard error": partial(by_validation, _WHOLE, 1),
     "largest a up to 1 within 2 standard errors": partial(by_validation, _WHOLE, 2),
@@ -125,7 +126,11 @@ def train(group: Group, variant: Variant) -> dict[str, Any]:
     metric = SELECTION_METRIC[kind]
     if variant.method != "levi":
         ood = statistics.fmean(scores[metric] for scores in result.ood.values())
-        return {"seconds": round(seconds, 2), "rules": {"": {"blend": 0.0, "ID": result.id[metric], "OOD": ood}}}
+        return {
+            "seconds": round(seconds, 2),
+            "metric": metric,
+            "rules": {"": {"blend": 0.0, "ID": result.id[metric], "OOD": ood}},
+        }
     result.model.config.blend = 0.0
     group.bank.attach(result.model, splits)
     found = {name: predict(result.model, data) for name, data in splits.named() if name != "train"}
@@ -142,7 +147,7 @@ def train(group: Group, variant: Variant) -> dict[str, Any]:
         }
         ood = statistics.fmean(score for split, score in scores.items() if split.startswith("ood "))
         rules[name] = {"blend": a, "ID": scores[splits.id_split], "OOD": ood}
-    return {"seconds": round(seconds, 2), "rules": rules}
+    return {"seconds": round(seconds, 2), "metric": metric, "rules": rules}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -185,6 +190,8 @@ def main() -> None:
     document = {
         "chosen_on": CHOSEN_ON,
         "confirmed_on": CONFIRMED_ON,
+        "rule": RULE,
+        "metrics": {entry["data"]: entry["metric"] for entry in record.runs},
         "data": summarise(record.runs),
         "versions": versions(),
     }

@@ -3,7 +3,8 @@
     python benchmarks/evidence/document.py
 
 A table stands between ``<!-- KIND FILE ... -->`` and ``<!-- end -->``; what stands between them is written anew. KIND
-is ``methods FILE DATA``, ``ablations FILE`` or ``sizes FILE``. No figure is typed by hand.
+is ``methods FILE DATA``, ``ablations FILE``, ``sizes FILE``, ``rules FILE`` or ``trainings FILE``. No figure is typed
+by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from levi_fast.report.tables import METHOD_TITLES
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE, PLOTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence"
 _SHARES = ("accuracy", "macro_f1")
-_TABLE = re.compile(r"(<!-- (?P<kind>methods|ablations|sizes) (?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- (?P<kind>methods|ablations|sizes|rules|trainings) (?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -30,7 +33,13 @@ def read(name: str) -> dict[str, Any]:
 
 def filled(text: str) -> str:
     """The page with every table written anew."""
-    makers: dict[str, Callable[..., str]] = {"methods": methods, "ablations": ablations, "sizes": sizes}
+    makers: dict[str, Callable[..., str]] = {
+        "methods": methods,
+        "ablations": ablations,
+        "sizes": sizes,
+        "rules": rules,
+        "trainings": trainings,
+    }
 
     def table(found: re.Match[str]) -> str:
         name, *more = found["words"].split()
@@ -91,6 +100,47 @@ def sizes(document: Mapping[str, Any]) -> str:
     lines = [_row(["training rows", *(METHOD_TITLES.get(c, c) for c in columns)])]
     lines.append(_row(["---:", *["---:"] * len(columns)]))
     lines += [_row([f"{rows:,}", *(row[c] for c in columns)]) for rows, row in sorted(found.items())]
+    return "\n".join(lines)
+
+
+def rules(document: Mapping[str, Any]) -> str:
+    """How the blend is chosen × data sets, trained by default; then LEVI's two parts by themselves."""
+    data = document["data"]
+    names = next(iter(data.values()))["default"]
+    rows = {rule: {d: found["default"][rule] for d, found in data.items()} for rule in names}
+    return _tried(document, {**rows, **_parts(data)}, "blend")
+
+
+def trainings(document: Mapping[str, Any]) -> str:
+    """Ways of training × data sets, under the rule that is the default; then LEVI's two parts by themselves."""
+    data = document["data"]
+    names = dict.fromkeys(name for found in data.values() for name in found if name not in _PARTS)
+    rows = {n: {d: found[n][document["rule"]] for d, found in data.items() if n in found} for n in names}
+    return _tried(document, {**rows, **_parts(data)}, "training")
+
+
+_PARTS = ("taps-only", "task-model")
+
+
+def _parts(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {METHOD_TITLES[part]: {d: found[part][""] for d, found in data.items()} for part in _PARTS}
+
+
+def _tried(document: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], first: str) -> str:
+    """OOD mean with the ID score in brackets; the data sets that chose come before those that confirmed."""
+    columns = [*document["chosen_on"], *document["confirmed_on"]]
+    metrics = document["metrics"]
+    lines = [_row([first, *columns]), _row(["---", *["---:"] * len(columns)])]
+    for name, row in rows.items():
+        cells = []
+        for column in columns:
+            found = row.get(column)
+            if found is None:
+                cells.append("-")
+                continue
+            ood, own = (_cell({"mean": found["mean"][split], "sd": None}, metrics[column]) for split in ("OOD", "ID"))
+            cells.append(f"{ood} ({own})")
+        lines.append(_row([name, *cells]))
     return "\n".join(lines)
 
 
