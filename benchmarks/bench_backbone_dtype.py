@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from methods import load_task, machine
+from tasks import load_task, machine
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, load_backbone, load_tokenizer
 from levi_fast.quantization import BACKBONE_DTYPES

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import transformers
-from methods import load_task, machine
+from tasks import load_task, machine
 from torch import Tensor, nn
 
 from levi_fast import DEFAULT_BACKBONE, ActivationCache, LeviConfig, TapExtractor, load_backbone, load_tokenizer

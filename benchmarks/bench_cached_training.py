@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from methods import load_task, machine
+from tasks import load_task, machine
 from torch import Tensor, nn
 from transformers import set_seed
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from bench_cached_training import mapped_taps
-from methods import load_task, machine
+from tasks import load_task, machine
 from torch import Tensor, nn
 from transformers import set_seed
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from bench_streaming import high_water_mark, text
-from methods import machine
+from tasks import machine
 from torch import nn
 
 from levi_fast import LeviConfig, TapExtractor, get_levi_model

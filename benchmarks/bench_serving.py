@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import machine
+from tasks import machine
 from timing import best_peer, interleaved, timed
 from torch import Tensor
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import machine
+from tasks import machine
 from torch import nn
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, TapExtractor, get_levi_model, load_backbone

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from methods import machine
+from tasks import machine
 
 import levi_fast
 from levi_fast import DEFAULT_BACKBONE, ActivationCache, LeviConfig, load_backbone, load_tokenizer

@@ -106,5 +106,5 @@ def _points(document: Mapping[str, Any], method: str) -> Sequence[tuple[int, flo
 
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Date": None})  # also on a dark page
     plt.close(figure)

@@ -24,9 +24,10 @@ from levi_fast.report.console import Console
 from levi_fast.selection import data_dependent, resolve_taps
 from levi_fast.training.commands import Prepared, build_bank, prepare, select
 from levi_fast.training.fit import TrainingOptions
+from levi_fast.training.named_tasks import TASK_TRAINING
 from levi_fast.training.request import TrainRequest
 from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
-from levi_fast.training.tasks import TASK_TRAINING, TableFiles
+from levi_fast.training.tasks import TableFiles
 
 DATA = ("imdb", "imdb-reversed", "movielens-genres", "movielens-years", "synthetic")
 
