@@ -1,10 +1,10 @@
-"""Fill docs/evidence.md from the JSON files under benchmarks/results/: its tables, and the plots beside it.
+"""Fill README.md and docs/evidence.md from the JSON files under benchmarks/results/: tables, and plots beside them.
 
     python benchmarks/evidence/document.py
 
 A table stands between ``<!-- KIND FILE ... -->`` and ``<!-- end -->``; what stands between them is written anew. KIND
-is ``methods FILE DATA``, ``ablations FILE``, ``sizes FILE``, ``rules FILE`` or ``trainings FILE``. No figure is typed
-by hand.
+is ``methods FILE DATA [NAME,...]``, ``ablations FILE``, ``sizes FILE``, ``rules FILE`` or ``trainings FILE``. No
+figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 from levi_fast.report.tables import METHOD_TITLES
 
 ROOT = Path(__file__).parents[2]
-RESULTS, PAGE, PLOTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence"
+RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "evidence"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 _SHARES = ("accuracy", "macro_f1")
 _TABLE = re.compile(
     r"(<!-- (?P<kind>methods|ablations|sizes|rules|trainings) (?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL
@@ -48,8 +49,8 @@ def filled(text: str) -> str:
     return _TABLE.sub(table, text)
 
 
-def methods(document: Mapping[str, Any], data: str) -> str:
-    """Methods × splits: mean ± standard deviation; the best mean of a column is bold.
+def methods(document: Mapping[str, Any], data: str, names: str = "") -> str:
+    """Methods (all, or those named) × splits: mean ± standard deviation; the best mean of a column is bold.
 
     ``=`` marks what the paired test over examples cannot tell from the reference (Holm-corrected p of 0.05 or more),
     ``<`` what it finds worse and ``>`` what it finds better.
@@ -59,6 +60,7 @@ def methods(document: Mapping[str, Any], data: str) -> str:
     rows = {
         name: {**{s: row["scores"][s] for s in splits}, "OOD mean": _mean_of_ood(row["scores"], splits)}
         for name, row in found["methods"].items()
+        if not names or name in names.split(",")
     }
     columns = [*splits, "OOD mean"] if len(splits) > 2 else splits
     best = {c: (min if lower else max)(rows, key=lambda name: rows[name][c]["mean"]) for c in columns}
@@ -174,7 +176,8 @@ def _row(cells: Sequence[str]) -> str:
 def main() -> None:
     from plots import draw
 
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     draw(PLOTS)
 
 
