@@ -171,7 +171,10 @@ class TestArguments:
             (["--task-name", "movielens"], "--task-name brings its own data"),
             (["--data", "x"], "--data: only with --task-name"),
             (["--backbone", "./nowhere"], "'./nowhere'"),
-            (["--backbone-dtype", "int4"], "--backbone-dtype: expected one of float32, bfloat16, int8, got 'int4'"),
+            (
+                ["--backbone-dtype", "int2"],
+                "--backbone-dtype: expected one of float32, bfloat16, int8, int4, got 'int2'",
+            ),
             (["--loop", "fast"], "--loop: expected one of auto, trainer, lean, got 'fast'"),
         ],
     )
