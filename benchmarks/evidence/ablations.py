@@ -19,6 +19,7 @@ from variants import run as train
 
 from levi_fast.report.console import Console
 from levi_fast.report.metrics_file import versions, write_metrics
+from levi_fast.report.statistics import mean_and_sd
 from levi_fast.training.metrics import SELECTION_METRIC
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -60,11 +61,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         summary[name] = {
             "group": own[0]["group"],
             "scores": {
-                split: {
-                    "mean": statistics.fmean(values),
-                    "sd": statistics.stdev(values) if len(values) > 1 else None,
-                    "seeds": values,
-                }
+                split: {**dict(zip(("mean", "sd"), mean_and_sd(values), strict=True)), "seeds": values}
                 for split, values in scores.items()
             },
             "blends": [run["blend"] for run in own],

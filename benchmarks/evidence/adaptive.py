@@ -28,7 +28,14 @@ from levi_fast.modules import LayerwiseEnsemble
 from levi_fast.report.console import Console
 from levi_fast.report.metrics_file import versions, write_metrics
 from levi_fast.training import lean
-from levi_fast.training.metrics import SELECTION_METRIC, blend_logits, compute_metrics, row_losses, selection_key
+from levi_fast.training.metrics import (
+    SELECTION_METRIC,
+    best_blend,
+    blend_logits,
+    compute_metrics,
+    row_losses,
+    selection_key,
+)
 from levi_fast.training.prediction import predict
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -61,13 +68,13 @@ def by_validation(
     return chosen
 
 
-RULE = "largest of 0, 1/2 and 1 within 1 standard error"  # levi_fast.training.metrics.best_blend
+RULE = "largest of 0, 1/2 and 1 within 1 standard error"  # what the library does
 _HALF, _WHOLE = (0.0, 0.25, 0.5), (0.0, 0.25, 0.5, 0.75, 1.0)
 RULES: dict[str, Rule] = {
     **{f"a = {a:g}": lambda *_, a=a: a for a in (0.0, 0.5, 1.0)},
     "best a up to 1/2": partial(by_validation, _HALF, 0),
     "largest a up to 1/2 within 1 standard error": partial(by_validation, _HALF, 1),
-    RULE: partial(by_validation, (0.0, 0.5, 1.0), 1),
+    RULE: lambda *validation: best_blend(*validation)[0],
     "best a up to 1": partial(by_validation, _WHOLE, 0),
     "largest a up to 1 within 1 standard error": partial(by_validation, _WHOLE, 1),
     "largest a up to 1 within 2 standard errors": partial(by_validation, _WHOLE, 2),

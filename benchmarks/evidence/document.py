@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from levi_fast.report.statistics import mean_and_sd
 from levi_fast.report.tables import METHOD_TITLES
 
 ROOT = Path(__file__).parents[2]
@@ -151,8 +152,7 @@ def _mean_of_ood(scores: Mapping[str, Any], splits: Sequence[str]) -> dict[str, 
 
 
 def _figure(values: Sequence[float]) -> dict[str, Any]:
-    mean = sum(values) / len(values)
-    sd = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
+    mean, sd = mean_and_sd(values)
     return {"mean": mean, "sd": sd}
 
 

@@ -19,10 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from levi_fast.data.images import ImageSet, ImageSplits, image_files
-from levi_fast.data.preprocessing import stratified_holdout
+from levi_fast.data.preprocessing import VALIDATION_FRACTION, stratified_holdout
 from levi_fast.errors import DataError
 
-VALIDATION_FRACTION = 0.1
 _VALIDATION_FOLDERS = ("val", "valid", "validation")
 
 

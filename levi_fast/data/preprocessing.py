@@ -246,6 +246,9 @@ def warn_truncated(datasets: Iterable[EncodedDataset], max_length: int) -> None:
         warnings.warn(f"{cut} of {total} texts are longer than {max_length} tokens and were cut", stacklevel=2)
 
 
+VALIDATION_FRACTION = 0.1  # of the training rows, where the data brings no validation set
+
+
 def stratified_holdout(labels: np.ndarray | torch.Tensor, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Split rows into (kept, held out), both in row order; classes keep their shares where they are large enough.
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from levi_fast.config_checks import read_json
-from levi_fast.data.digits import CANVAS, NUM_CLASSES, OOD_NAMES, DigitSet, draw, make_digits
+from levi_fast.data.digits import CANVAS, MARGIN, NONE, NUM_CLASSES, OOD_NAMES, DigitSet, draw, make_digits
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.data.labels import SINGLE_LABEL, LabelSpace
 from levi_fast.data.preprocessing import TableProcessor
 from levi_fast.data.tables import Columns
 from levi_fast.errors import DataError
 from levi_fast.storage import write_atomic
-from levi_fast.training.named_tasks import TASK_FILE
 from levi_fast.training.output import new_folder
 from levi_fast.training.runs import Splits
+from levi_fast.training.tasks import save_task
 
 PRETRAINING_FILE = "levi_pretraining.json"
 # Of the stand-in; settled by its accuracy on held-out pre-training images, before any method was trained on top.
@@ -108,15 +108,14 @@ class DigitsTask:
 
     def save(self, directory: Path) -> None:
         """Write what :func:`levi_fast.training.named_tasks.load_saved_task` needs."""
-        self.processor.save(directory)
-        write_atomic(directory / TASK_FILE, json.dumps({"task": "digits", "seed": self.seed}, indent=2) + "\n")
+        save_task(directory, self.processor, {"task": "digits", "seed": self.seed})
 
     def _accuracies(self, model: Any) -> dict[str, float]:
         """Of the stand-in's own classifier, on held-out images: as in pre-training, without and with a wrong mark."""
         own = self.sets["pretrain_test"]
         digits = own.images
-        inside = digits[:, 0, 2:-2, 2:-2]
-        nothing = np.full(len(own), -1)
+        inside = digits[:, 0, MARGIN:-MARGIN, MARGIN:-MARGIN]
+        nothing = np.full(len(own), NONE)
         wrong = (own.labels + 1) % NUM_CLASSES
         shown = {
             "as in pre-training": digits,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,8 @@ from levi_fast.data.preprocessing import TableProcessor
 from levi_fast.data.retinopathy import load_retinopathy, read_graded
 from levi_fast.data.tables import Columns
 from levi_fast.errors import DataError
-from levi_fast.storage import write_atomic
 from levi_fast.training.runs import Splits
-from levi_fast.training.tasks import TASK_FILE, splits_of
+from levi_fast.training.tasks import names_in, save_task, splits_of
 
 IMAGE_TASKS = {
     "image-folders": "a folder with train/CLASS/*.jpg, and val or test beside train",
@@ -70,8 +68,7 @@ class ImageTask:
         if split is not None and name != "domainnet":
             raise DataError(f"--split: --task-name {name} has one split; leave it out")
         if name == "domainnet":
-            domains = [part.strip() for part in (split or "").split(",") if part.strip()]
-            images = load_domainnet(data, domains, seed)
+            images = load_domainnet(data, names_in(split), seed)
         elif name == "retinopathy":
             images = load_retinopathy(data, ood, seed)
         else:
@@ -105,8 +102,7 @@ class ImageTask:
 
     def save(self, directory: Path) -> None:
         """Write what ``levi-fast evaluate`` needs beside the model and the image processor."""
-        self.processor.save(directory)
-        write_atomic(directory / TASK_FILE, json.dumps({"task": self.name}, indent=2) + "\n")
+        save_task(directory, self.processor, {"task": self.name})
 
 
 def read_image_set(name: str, data: str, names: tuple[str, ...]) -> ImageSet:

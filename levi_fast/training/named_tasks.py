@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +16,10 @@ from levi_fast.data.labels import REGRESSION, LabelSpace
 from levi_fast.data.preprocessing import TableProcessor, length_limit, pad_token_id, tokenize, warn_truncated
 from levi_fast.data.tables import Columns
 from levi_fast.errors import DataError
-from levi_fast.storage import write_atomic
+from levi_fast.training.digits_task import DigitsTask
 from levi_fast.training.image_tasks import IMAGE_TASKS, WITH_OOD_FOLDERS, ImageTask
 from levi_fast.training.runs import Splits
-from levi_fast.training.tasks import TASK_FILE, TableTask, splits_of
+from levi_fast.training.tasks import TASK_FILE, TableTask, names_in, save_task, splits_of
 
 NAMED_TASKS = {
     "movielens": "the folder with ratings.csv and movies.csv",
@@ -85,8 +84,6 @@ def load_named_task(
     if name in IMAGE_TASKS:
         return ImageTask.read(name, data, split, seed, max_train_rows, max_eval_rows, ood or {})
     if name == "digits":
-        from levi_fast.training.digits_task import DigitsTask
-
         return DigitsTask.load(data, seed)
     return AmazonReviews.read(data, split, seed, problem_type, max_train_rows, max_eval_rows)
 
@@ -119,8 +116,7 @@ class AmazonReviews(TableTask):
 
         sizes = {"max_train": max_train_rows, "max_eval": max_eval_rows}
         given = {name: value for name, value in sizes.items() if value is not None}
-        categories = [part.strip() for part in (split or "").split(",") if part.strip()]
-        tables = load_amazon(data, categories, seed, **given)
+        tables = load_amazon(data, names_in(split), seed, **given)
         columns = Columns(text=("title", "text"), label="rating")
         task = cls.of_tables(tables, columns, problem_type=problem_type or REGRESSION)
         task.settings = {
@@ -131,8 +127,7 @@ class AmazonReviews(TableTask):
 
     def save(self, directory: Path) -> None:
         """Write what :func:`load_saved_task` needs."""
-        super().save(directory)
-        write_atomic(directory / TASK_FILE, json.dumps(self.settings, indent=2) + "\n")
+        save_task(directory, self.processor, self.settings)
 
 
 @dataclass
@@ -195,9 +190,7 @@ class MovieLensSplits:
 
     def save(self, directory: Path) -> None:
         """Write what :func:`load_saved_task` needs."""
-        self.processor.save(directory)
-        document = {"task": "movielens", "split": self.split, "seed": self.seed}
-        write_atomic(directory / TASK_FILE, json.dumps(document, indent=2) + "\n")
+        save_task(directory, self.processor, {"task": "movielens", "split": self.split, "seed": self.seed})
 
 
 def saved_task_name(directory: str | Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Self
 from levi_fast.backbones import load_tokenizer
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.data.preprocessing import (
+    VALIDATION_FRACTION,
     TableProcessor,
     length_limit,
     stratified_holdout,
@@ -18,10 +20,10 @@ from levi_fast.data.preprocessing import (
 from levi_fast.data.split_column import divide
 from levi_fast.data.tables import Columns, Table, read_table
 from levi_fast.errors import DataError
+from levi_fast.storage import write_atomic
 from levi_fast.training.runs import Splits
 
 TASK_FILE = "levi_task.json"  # which named data set a model folder was trained on
-VALIDATION_FRACTION = 0.1
 TASK_MODELS = ("auto", "text", "tabular", "table", "none")
 
 
@@ -175,6 +177,23 @@ def _read(files: TableFiles, columns: Columns) -> dict[str, Table]:
     named = {"train": files.train, "validation": files.validation, "test": files.test}
     named.update({f"ood {name}": path for name, path in files.ood.items()})
     return {split: read_table(path, columns) for split, path in named.items() if path is not None}
+
+
+def save_task(directory: Path, processor: TableProcessor, settings: Mapping[str, Any]) -> None:
+    """Write what reading the rows of a named data set again needs.
+
+    Args:
+        directory: the model folder.
+        processor: with the label space.
+        settings: arguments of :func:`levi_fast.training.named_tasks.load_named_task`, its name as "task".
+    """
+    processor.save(directory)
+    write_atomic(directory / TASK_FILE, json.dumps(settings, indent=2) + "\n")
+
+
+def names_in(split: str | None) -> list[str]:
+    """The names in ``--split``, which are separated by commas."""
+    return [part.strip() for part in (split or "").split(",") if part.strip()]
 
 
 def splits_of(encoded: Mapping[str, EncodedDataset]) -> Splits:

@@ -97,3 +97,20 @@ def train_arguments(
         *("--text-column", "text", "--label-column", "label", "--backbone", tiny_bert_dir),
         *("--epochs", "3", "--hidden-width", "8", "--output", str(tmp_path / "model")),
     ]
+
+
+@pytest.fixture
+def compared(
+    levi_fast: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> Callable[[str], tuple[dict[str, Any], str]]:
+    """Run ``levi-fast compare`` on a YAML text, into ``tmp_path / "compared"``: comparison.json, and stderr."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("statsmodels")
+
+    def run(text: str) -> tuple[dict[str, Any], str]:
+        (tmp_path / "compare.yaml").write_text(text, encoding="utf-8")
+        status, _, err = levi_fast("compare", str(tmp_path / "compare.yaml"), "--output", str(tmp_path / "compared"))
+        assert status == 0, err
+        return json.loads((tmp_path / "compared" / "comparison.json").read_text(encoding="utf-8")), err
+
+    return run

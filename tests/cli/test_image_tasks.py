@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("PIL.Image")
 
 Run = Callable[..., tuple[int, str, str]]
+Compared = Callable[[str], tuple[dict[str, Any], str]]
 MODEL = ("--epochs", "2", "--hidden-width", "8", "--device", "cpu")
 COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 
@@ -107,16 +109,11 @@ def test_cached_taps_a_sweep_and_the_choice_of_layers(levi_fast: Run, data: tupl
     assert status == 0 and "rows: 12 train" in err, err  # other rows of the same files are found in the cache
 
 
-def test_compare_file(levi_fast: Run, data: tuple[str, ...], vit: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("statsmodels")
-    (tmp_path / "compare.yaml").write_text(
+def test_compare_file(compared: Compared, data: tuple[str, ...], vit: str, tmp_path: Path) -> None:
+    found, _ = compared(
         "data: [{name: colours, task_name: image-folders, data: colours, ood: {some: some}}]\n"
         f"methods: [levi, linear-probe]\nseeds: [0, 1]\nepochs: 1\nbackbone: {vit}\n"
     )
-    status, _, err = levi_fast("compare", str(tmp_path / "compare.yaml"), "--output", str(tmp_path / "compared"))
-    assert status == 0, err
-    found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
     assert found["data"]["colours"]["splits"] == ["ID", "OOD some"]
     # the second seed holds out other images of the same ones, and finds their taps where the first left them
     assert [path.name for path in (tmp_path / "compared" / "cache").iterdir()] == ["colours"]

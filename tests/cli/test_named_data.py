@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 Run = Callable[..., tuple[int, str, str]]
+Compared = Callable[[str], tuple[dict[str, Any], str]]
 MODEL = ("--epochs", "2", "--hidden-width", "8")
+COLUMNS = ("--split-column", "split", "--text-column", "text", "--label-column", "label")
 
 
 @pytest.fixture
@@ -28,17 +30,7 @@ class TestSplitColumn:
     def test_train_cache_select_and_compare(
         self, levi_fast: Run, table_of_sets: str, tiny_bert_dir: str, tmp_path: Path
     ) -> None:
-        data = (
-            "--train",
-            table_of_sets,
-            "--split-column",
-            "split",
-            "--text-column",
-            "text",
-            "--label-column",
-            "label",
-        )
-        data = (*data, "--backbone", tiny_bert_dir)
+        data = ("--train", table_of_sets, *COLUMNS, "--backbone", tiny_bert_dir)
         cache = ("--cache", str(tmp_path / "taps"))
         assert levi_fast("cache", "build", *data, *cache)[0] == 0
         status, _, err = levi_fast("train", *data, *MODEL, *cache, "--output", str(tmp_path / "model"))
@@ -51,31 +43,17 @@ class TestSplitColumn:
         assert levi_fast("evaluate", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "more.csv"))[0] == 0
         assert levi_fast("select-taps", *data, "--selector", "cka:1")[0] == 0
 
-    def test_compare_file(self, levi_fast: Run, table_of_sets: str, tiny_bert_dir: str, tmp_path: Path) -> None:
-        pytest.importorskip("matplotlib")
-        pytest.importorskip("statsmodels")
-        (tmp_path / "compare.yaml").write_text(
+    def test_compare_file(self, compared: Compared, table_of_sets: str, tiny_bert_dir: str) -> None:
+        found, _ = compared(
             "data: [{name: sets, train: all.csv, split_column: split, text_column: text, label_column: label}]\n"
             f"methods: [levi, linear-probe]\nseeds: [0]\nepochs: 1\nbackbone: {tiny_bert_dir}\n"
         )
-        status, _, err = levi_fast("compare", str(tmp_path / "compare.yaml"), "--output", str(tmp_path / "compared"))
-        assert status == 0, err
-        found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
         assert found["data"]["sets"]["splits"] == ["ID", "OOD test", "OOD new"]
 
     def test_together_with_files_or_a_named_data_set(
         self, levi_fast: Run, table_of_sets: str, tmp_path: Path
     ) -> None:
-        data = (
-            "--train",
-            table_of_sets,
-            "--split-column",
-            "split",
-            "--text-column",
-            "text",
-            "--label-column",
-            "label",
-        )
+        data = ("--train", table_of_sets, *COLUMNS)
         status, _, err = levi_fast("train", *data, "--test", table_of_sets, "--output", str(tmp_path / "model"))
         assert status == 2 and "--split-column: column 'split' names all sets of" in err
         named = ("--task-name", "movielens", "--data", str(tmp_path), "--split-column", "split")
@@ -132,17 +110,12 @@ class TestAmazon:
         found = json.loads((tmp_path / "model" / "metrics.json").read_text())
         assert "accuracy" in found["id"] and found["ood"] == {}
 
-    def test_compare_file(self, levi_fast: Run, folder: Path, tiny_bert_dir: str, tmp_path: Path) -> None:
-        pytest.importorskip("matplotlib")
-        pytest.importorskip("statsmodels")
-        (tmp_path / "compare.yaml").write_text(
+    def test_compare_file(self, compared: Compared, folder: Path, tiny_bert_dir: str) -> None:
+        found, err = compared(
             "data: [{name: products, task_name: amazon, data: amazon, split: [Books]}]\nmax_train_rows: 50\n"
             f"methods: [levi, linear-probe]\nseeds: [0]\nepochs: 1\nbackbone: {tiny_bert_dir}\n"
         )
-        status, _, err = levi_fast("compare", str(tmp_path / "compare.yaml"), "--output", str(tmp_path / "compared"))
-        assert status == 0, err
         assert "50 train" in err
-        found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
         assert found["data"]["products"]["splits"] == ["ID", "OOD Movies_and_TV"]
 
     def test_refused(self, levi_fast: Run, folder: Path, tmp_path: Path) -> None:
