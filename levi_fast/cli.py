@@ -50,6 +50,7 @@ from levi_fast.cli_options import (
 )
 from levi_fast.cli_select import select_taps
 from levi_fast.errors import BackboneMismatchError, DataError
+from levi_fast.ranks import end_rank
 
 app = typer.Typer(
     name="levi-fast",
@@ -380,16 +381,6 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
         print(f"warning: {message}", file=sys.stderr)
 
 
-def _leave_process_group() -> None:
-    """Under torchrun: join the threads that exchange tensors. One that outlives Python aborts the process at exit.
-
-    Only after success: while another rank hangs or is dead, their work never ends, and this would wait for it.
-    """
-    torch = sys.modules.get("torch")  # not imported for this: --help is quick
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, 2 for arguments or data that cannot be used, 1 for anything else.
 
@@ -402,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=None if arguments is None else list(arguments), prog_name="levi-fast")
     except SystemExit as end:
         if not end.code:
-            _leave_process_group()
+            end_rank()
         raise
     except (DataError, BackboneMismatchError) as error:
         if debug:

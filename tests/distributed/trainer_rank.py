@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 from test_trainer_features import SPEC, losses, trainer_of
 
 from levi_fast import load_backbone
+from levi_fast.ranks import end_rank
 from levi_fast.sharding import bytes_here, shard_backbone
 
 
@@ -72,8 +73,7 @@ def main() -> None:
         found = {"losses": losses(trainer), "reduced": watch.reduced, "held": held}
         found["metrics"] = {name: metrics[name] for name in ("eval_loss", "eval_accuracy")}
         Path(folder, "end.json").write_text(json.dumps(found))
-    if torch.distributed.is_initialized():  # threads that outlive Python abort the process now and then
-        torch.distributed.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":
