@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from levi_fast.cli_bench import bench_app
 from levi_fast.cli_cache import cache_app
 from levi_fast.cli_compare import compare
 from levi_fast.cli_export import export
@@ -61,6 +62,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache")
+app.add_typer(bench_app, name="bench")
 app.command()(compare)
 app.command()(export)
 app.command("select-taps")(select_taps)

@@ -1,0 +1,1 @@
+"""Timings beside peers, on cases that need no checkout: what ``levi-fast bench`` and ``make bench`` run."""

@@ -1,0 +1,105 @@
+"""``levi-fast bench``: timings of this machine, ours beside its peers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from levi_fast.cli_options import prepare_libraries
+from levi_fast.errors import DataError
+
+bench_app = typer.Typer(
+    name="bench",
+    help="Time this machine: kernels, training steps, epochs, memory, each beside its peers. Lists take commas.",
+    no_args_is_help=True,
+)
+
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", help="JSON file: machine, versions, commit, settings and every row; it is "
+                              "written after each row.", dir_okay=False)
+]  # fmt: skip
+PlotsOption = Annotated[
+    Path | None, typer.Option("--plots", help="Folder for charts as SVG.", file_okay=False)
+]  # fmt: skip
+ThreadsOption = Annotated[
+    int | None, typer.Option("--num-threads", min=1, help="Threads of PyTorch; default: all cores.")
+]
+SecondsOption = Annotated[float, typer.Option("--seconds", help="Of interleaved rounds for each row.")]
+
+
+@bench_app.command()
+def kernels(
+    ops: Annotated[str, typer.Option("--ops", help="Of pooling, ensemble, loss, head-step, overhead.")] = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of float32, bfloat16, float16.")] = "float32,bfloat16",
+    cases: Annotated[str, typer.Option("--cases", help="Of the ensemble's eight cases, from 0.")] = "",
+    peers: Annotated[
+        str,
+        typer.Option("--peers", help="Of eager, hand-batched, grouped-mm, sum-over-count, bmm, compile and "
+                     "max-autotune, with commas, or all. Default: all but the compiled ones, which take up to a "
+                     "minute a row."),
+    ] = "",
+    seconds: SecondsOption = 1.0,
+    num_threads: ThreadsOption = None,
+    output: OutputOption = None,
+    plots: PlotsOption = None,
+) -> None:  # fmt: skip
+    """Time each op beside its peers, after checking its result against float64."""
+    from levi_fast.bench.kernels import PEERS, KernelOptions, bench_kernels, kernel_tables
+
+    chosen: dict[str, Any] = {"dtypes": _names(dtype), "seconds": seconds}
+    if ops:
+        chosen["ops"] = _names(ops)
+    if cases:
+        chosen["cases"] = _numbers("--cases", cases)
+    if peers:
+        chosen["peers"] = PEERS if peers == "all" else _names(peers)
+    options = KernelOptions(**chosen)
+    prepare_libraries(num_threads)
+    document = bench_kernels(options, output, _note)
+    _finish(kernel_tables(document), document, output, plots, "kernels")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(name) for name in _names(text))
+    except ValueError:
+        raise DataError(f"{option}: expected whole numbers with commas between them; got {text!r}") from None
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _finish(
+    tables: Sequence[Any], document: dict[str, Any], output: Path | None, plots: Path | None, name: str
+) -> None:
+    """Show the tables, write the charts, and name what was written."""
+    import rich
+
+    for table in tables:
+        rich.print(table)
+    if plots is not None:
+        from levi_fast.bench.plots import CHARTS
+
+        for chart, draw in CHARTS[name].items():
+            _draw(draw, document, plots / f"{name}-{chart}.svg")
+    if output is not None:
+        _note(f"wrote {output}")
+
+
+def _draw(draw: Callable[[dict[str, Any]], str | None], document: dict[str, Any], path: Path) -> None:
+    from levi_fast.storage import write_atomic
+
+    svg = draw(document)
+    if svg is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, svg)
+        _note(f"wrote {path}")
