@@ -98,10 +98,11 @@ neon: $(STAMP)  ## the C++ kernels for AArch64, on an emulated CPU
 cuda-compile: $(STAMP)  ## the CUDA kernels by nvcc for three GPUs, none needed; fails on spills and warnings
 	$(BIN)/python tests/kernels/cuda_build.py --jobs $(JOBS)
 
+BENCH := $(BIN)/levi-fast bench
+BENCH_OUT ?= benchmarks/results
 .PHONY: bench
-bench: $(STAMP)  ## time pooling and the ensemble against their peers; writes JSON under benchmarks/results/
-	$(BIN)/python benchmarks/bench_masked_mean_pool.py
-	$(BIN)/python benchmarks/bench_ensemble.py
+bench: $(STAMP)  ## the CPU's part of the benchmarks, under 30 minutes on two idle cores; JSON and charts
+	$(BENCH) kernels --device cpu --peers all --output $(BENCH_OUT)/kernels_cpu.json --plots docs/performance
 
 .PHONY: clean
 clean:  ## remove what was built, but not .venv

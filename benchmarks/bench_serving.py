@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from tasks import machine
-from timing import best_peer, interleaved, timed
 from torch import Tensor
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, LeviModel, get_levi_model, swap
+from levi_fast.bench.timing import compared, interleaved, timed
 from levi_fast.export import formats
 from levi_fast.export.artefact import export_model
 from levi_fast.export.inputs import InputSpec, head_inputs, model_inputs, task_inputs
@@ -84,7 +84,7 @@ def measure(model: LeviModel, part: str, folder: Path, seconds: float) -> list[d
             errors[name] = float(difference)
             assert difference <= TOLERANCE, (part, name, difference)
         times = interleaved({name: _timer(run, batches) for name, run in found.items()}, seconds, least=30)
-        row = best_peer(times, "levi_fast")
+        row = compared(times, "levi_fast")
         base = row["median_us"]["reference"]
         rows.append(
             {

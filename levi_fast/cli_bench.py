@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from levi_fast.cli_options import prepare_libraries
+from levi_fast.cli_options import DeviceOption, prepare_libraries
 from levi_fast.errors import DataError
 
 bench_app = typer.Typer(
@@ -43,11 +43,23 @@ def kernels(
                      "minute a row."),
     ] = "",
     seconds: SecondsOption = 1.0,
+    device: DeviceOption = "auto",
+    budget: Annotated[float, typer.Option("--budget", help="With --device cuda: seconds for all rows.")] = 300.0,
     num_threads: ThreadsOption = None,
     output: OutputOption = None,
     plots: PlotsOption = None,
 ) -> None:  # fmt: skip
-    """Time each op beside its peers, after checking its result against float64."""
+    """Time each op beside its peers, after checking its result against float64.
+
+    On a GPU all rows are timed, the most telling first, as far as --budget goes.
+    """
+    from levi_fast.training.fit import resolve_device
+
+    prepare_libraries(num_threads)
+    if resolve_device(device).type == "cuda":
+        if ops or cases or peers or plots:
+            raise DataError("--device cuda takes no --ops, --cases, --peers or --plots; expected --budget alone")
+        return _kernels_on_gpu(output, budget)
     from levi_fast.bench.kernels import PEERS, KernelOptions, bench_kernels, kernel_tables
 
     chosen: dict[str, Any] = {"dtypes": _names(dtype), "seconds": seconds}
@@ -58,9 +70,16 @@ def kernels(
     if peers:
         chosen["peers"] = PEERS if peers == "all" else _names(peers)
     options = KernelOptions(**chosen)
-    prepare_libraries(num_threads)
     document = bench_kernels(options, output, _note)
     _finish(kernel_tables(document), document, output, plots, "kernels")
+
+
+def _kernels_on_gpu(output: Path | None, budget: float) -> None:
+    from levi_fast.bench.gpu.run import bench_gpu
+
+    failures = bench_gpu(output, "cuda", budget).result.get("failures", [])
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import DTYPES, Run, facts
 from torch import Tensor
 
+from levi_fast.bench.gpu.timing import DTYPES, Run, facts
 from levi_fast.kernels import (
     launch_configs,
     layerwise_ensemble_backward_triton,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import levi_fast
+from levi_fast.bench.record import facts as machine_facts
 from levi_fast.storage import write_atomic
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -28,7 +25,7 @@ Step = Callable[[int], Any]
 class Run:
     """One run of the script: where it writes, how long it may take, and what it has found."""
 
-    output: Path
+    output: Path | None
     device: str
     deadline: float
     quick: bool
@@ -36,7 +33,8 @@ class Run:
 
     def save(self) -> None:
         """Write what there is so far."""
-        write_atomic(self.output, json.dumps(self.result, indent=1) + "\n")
+        if self.output is not None:
+            write_atomic(self.output, json.dumps(self.result, indent=1) + "\n")
 
     def left(self) -> float:
         """Seconds left."""
@@ -139,18 +137,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """The machine, the versions and the commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-    found: dict[str, Any] = {
-        "commit": commit,
-        "python": platform.python_version(),
-        "time": time.strftime("%FT%TZ", time.gmtime()),
-    }
-    for package in ("torch", "triton", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["device"] = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    backends = levi_fast.kernels.backend_report()
-    return found | {"serves": {op: by_device[device].serves for op, by_device in backends.items()}}
+    """The machine, the versions, the commit, and which backend serves each op on this device."""
+    found = machine_facts()
+    name = torch.cuda.get_device_name() if device == "cuda" else found["cpu"]["name"]
+    return {**found, "device": name, "serves": {op: served[device] for op, served in found["serves"].items()}}

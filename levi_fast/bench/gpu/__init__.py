@@ -1,0 +1,1 @@
+"""``levi-fast bench kernels --device cuda``."""
