@@ -1,4 +1,4 @@
-"""README.md and docs/evidence.md say what the files under benchmarks/results/ say; the scripts behind them work."""
+"""Pages with figures say what the files under benchmarks/results/ say; the scripts behind them work."""
 
 from __future__ import annotations
 
@@ -16,23 +16,33 @@ EVIDENCE = ROOT / "benchmarks" / "evidence"
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EVIDENCE))
-    for name in ("ablations", "document", "plots", "variants"):
+    monkeypatch.syspath_prepend(str(EVIDENCE.parent))
+    for name in (
+        "ablations",
+        "document",
+        "evidence_plots",
+        "evidence_tables",
+        "pages",
+        "performance_tables",
+        "targets",
+        "variants",
+    ):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_every_table_is_what_the_results_say(scripts: None) -> None:
     import document
 
-    for page, tables in zip(document.PAGES, (2, 8), strict=True):
+    for page, tables in zip(document.PAGES, (2, 8, 1), strict=True):
         text = page.read_text(encoding="utf-8")
-        assert text.count("<!-- end -->") == len(document._TABLE.findall(text)) >= tables
-        assert document.filled(text) == text, "run python benchmarks/evidence/document.py"
+        assert text.count("<!-- end -->") == len(document.pages.TABLE.findall(text)) >= tables
+        assert document.pages.filled(text, document.MAKERS) == text, "run python benchmarks/document.py"
         for name in re.findall(r"\]\(([^)#]+)\)", text):
             assert "://" in name or (page.parent / name).exists(), name
 
 
 def test_a_table_marks_what_the_tests_found(scripts: None) -> None:
-    import document
+    import evidence_tables
 
     def row(ood: list[float], **test: Any) -> dict[str, Any]:
         def figure(values: list[float]) -> dict[str, Any]:
@@ -48,7 +58,7 @@ def test_a_table_marks_what_the_tests_found(scripts: None) -> None:
         "mlp-probe": row([0.8, 0.8], difference=-0.1, p_examples_holm=0.01),
     }
     data = {"metric": "accuracy", "lower_is_better": False, "splits": ["ID", "OOD new"], "methods": rows}
-    lines = document.methods({"data": {"reviews": data}}, "reviews").splitlines()
+    lines = evidence_tables.methods({"data": {"reviews": data}}, "reviews").splitlines()
     assert lines[0] == "| accuracy ↑ | ID | OOD new |"
     assert lines[2] == "| LEVI | **85.0 ± 1.0** | 70.0 ± 1.0 |"
     assert [line.split("|")[3].strip() for line in lines[3:]] == [

@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
-from document import RESULTS, read
+from pages import RESULTS, read
 
 from levi_fast.report.charts import COLOURS, MARKERS
 from levi_fast.report.tables import METHOD_TITLES

@@ -1,53 +1,16 @@
-"""Fill README.md and docs/evidence.md from the JSON files under benchmarks/results/: tables, and plots beside them.
-
-    python benchmarks/evidence/document.py
-
-A table stands between ``<!-- KIND FILE ... -->`` and ``<!-- end -->``; what stands between them is written anew. KIND
-is ``methods FILE DATA [NAME,...]``, ``ablations FILE``, ``sizes FILE``, ``rules FILE`` or ``trainings FILE``. No
-figure is typed by hand.
-"""
+"""The tables of docs/evidence.md, and README's of methods, from the JSON files under benchmarks/results/."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pages import row as _row
 
 from levi_fast.report.statistics import mean_and_sd
 from levi_fast.report.tables import METHOD_TITLES
 
-ROOT = Path(__file__).parents[2]
-RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "evidence"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 _SHARES = ("accuracy", "macro_f1")
-_TABLE = re.compile(
-    r"(<!-- (?P<kind>methods|ablations|sizes|rules|trainings) (?P<words>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL
-)
-
-
-def read(name: str) -> dict[str, Any]:
-    """One results file, by its name without ``.json``."""
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def filled(text: str) -> str:
-    """The page with every table written anew."""
-    makers: dict[str, Callable[..., str]] = {
-        "methods": methods,
-        "ablations": ablations,
-        "sizes": sizes,
-        "rules": rules,
-        "trainings": trainings,
-    }
-
-    def table(found: re.Match[str]) -> str:
-        name, *more = found["words"].split()
-        return f"{found[1]}{makers[found['kind']](read(name), *more)}\n{found[4]}"
-
-    return _TABLE.sub(table, text)
 
 
 def methods(document: Mapping[str, Any], data: str, names: str = "") -> str:
@@ -169,17 +132,4 @@ def _cell(figure: Mapping[str, Any], metric: str, sign: str = "") -> str:
     return shown if figure["sd"] is None else f"{shown} ± {scale * figure['sd']:.{digits}f}"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def main() -> None:
-    from plots import draw
-
-    for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(PLOTS)
-
-
-if __name__ == "__main__":
-    main()
+MAKERS = {"methods": methods, "ablations": ablations, "sizes": sizes, "rules": rules, "trainings": trainings}
