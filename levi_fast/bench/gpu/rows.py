@@ -162,6 +162,9 @@ def bench_loss(run: Run, case: tuple[int, int, int], name: str) -> None:
     }
     if not run.quick:
         contenders["compile"] = lambda i: step(compiled)
+    liger = _liger_loss(run)
+    if liger is not None:
+        contenders["liger"] = lambda i: step(liger)
     double = logits.detach().double().requires_grad_()
     flat = double.flatten(0, 1)
     (exact,) = torch.autograd.grad(F.cross_entropy(flat, target.repeat(case[0])), [double])
@@ -173,6 +176,20 @@ def bench_loss(run: Run, case: tuple[int, int, int], name: str) -> None:
         "ms": run.time(contenders, 1),
     }
     finish_row(run, row, 2 * logits.numel() * logits.element_size(), 0)
+
+
+def _liger_loss(run: Run) -> Any:
+    """Liger's cross-entropy over all layers at once, where the package and a GPU are."""
+    if run.device == "cpu":
+        return None
+    try:
+        from liger_kernel.transformers import LigerCrossEntropyLoss
+    except ImportError as missing:
+        run.result.setdefault("notes", []).append(f"liger: {missing}")
+        return None
+    loss = LigerCrossEntropyLoss()
+    # a copy, for it writes the gradient over its input
+    return lambda logits, target, _: loss(logits.clone().flatten(0, 1), target.repeat(len(logits)))
 
 
 def bench_unequal(run: Run, case: tuple[Any, ...], backward: bool) -> None:
