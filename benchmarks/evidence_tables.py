@@ -73,7 +73,7 @@ def rules(document: Mapping[str, Any]) -> str:
     """How the blend is chosen × data sets, trained by default; then LEVI's two parts by themselves."""
     data = document["data"]
     names = next(iter(data.values()))["default"]
-    rows = {rule: {d: found["default"][rule] for d, found in data.items()} for rule in names}
+    rows = {rule: {d: found["default"].get(rule) for d, found in data.items()} for rule in names}
     return _tried(document, {**rows, **_parts(data)}, "blend")
 
 

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from gates import GATES, Layers
 from variants import Group, Record, Variant, load, run
 
 from levi_fast.modeling import LeviModel
@@ -37,6 +38,7 @@ from levi_fast.training.metrics import (
     selection_key,
 )
 from levi_fast.training.prediction import predict
+from levi_fast.training.runs import Splits
 
 RESULTS = Path(__file__).parents[1] / "results"
 CHOSEN_ON = ("synthetic", "imdb-reversed", "movielens-years")
@@ -49,6 +51,7 @@ TRAININGS = [
     Variant("view of width 8", task_model={"view_width": 8}),
     Variant("view at a tenth of the learning rate"),
     Variant("loss with and without the view", model={"view_dropout": 0.0}),
+    Variant("view frozen after a quarter of the steps"),
 ]
 PARTS = [Variant("taps-only", "taps-only"), Variant("task-model", "task-model")]
 
@@ -113,21 +116,41 @@ def _slow_view(model: LeviModel, *arguments: Any) -> torch.optim.Optimizer:
 plain_loss, plain_forward, plain_optimizer = LeviModel.loss, LayerwiseEnsemble.forward, lean.make_optimizer
 
 
+def _stopped_view(steps: int, model: LeviModel, *arguments: Any) -> torch.optim.Optimizer:
+    """The usual optimizer; after ``steps`` the task model stays as it is."""
+    optimizer, done = plain_optimizer(model, *arguments), 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == steps:
+            for parameter in model.task_model.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    optimizer.register_step_post_hook(count)
+    return optimizer
+
+
 @contextmanager
-def trained_as(variant: Variant) -> Iterator[None]:
-    """The two ways of training that no setting of the library names."""
+def trained_as(variant: Variant, group: Group) -> Iterator[None]:
+    """The three ways of training that no setting of the library names."""
     with ExitStack() as stack:
         if variant.name.startswith("loss with and without"):
             stack.enter_context(patch.object(LeviModel, "loss", _both_losses))
             stack.enter_context(patch.object(LayerwiseEnsemble, "forward", _remembering))
         if variant.name.startswith("view at a tenth"):
             stack.enter_context(patch.object(lean, "make_optimizer", _slow_view))
+        if variant.name.startswith("view frozen"):
+            options = group.request.options
+            steps = math.ceil(len(group.prepared.splits.train) / options.batch_size) * options.epochs // 4
+            stack.enter_context(patch.object(lean, "make_optimizer", partial(_stopped_view, steps)))
         yield
 
 
 def train(group: Group, variant: Variant) -> dict[str, Any]:
     """One training, scored under every rule: ``{rule: {"blend": a, "ID": score, "OOD": mean of scores}}``."""
-    with trained_as(variant):
+    with trained_as(variant, group):
         result, splits, seconds = run(group, variant)
     kind = str(result.model.config.problem_type)
     metric = SELECTION_METRIC[kind]
@@ -142,6 +165,10 @@ def train(group: Group, variant: Variant) -> dict[str, Any]:
     group.bank.attach(result.model, splits)
     found = {name: predict(result.model, data) for name, data in splits.named() if name != "train"}
     labels = {name: data.labels.numpy() for name, data in splits.named() if data.labels is not None}
+    layers: dict[str, Layers] = {}
+    if variant.name == "default":
+        every = {a: _layers_of(result.model, splits, a) for a in (0.0, 1.0)}
+        layers = {name: Layers(every[0.0][name], every[1.0][name]) for name in found}
     for _, data in splits.named():
         data.set_taps(None)
     rules = {}
@@ -154,7 +181,24 @@ def train(group: Group, variant: Variant) -> dict[str, Any]:
         }
         ood = statistics.fmean(score for split, score in scores.items() if split.startswith("ood "))
         rules[name] = {"blend": a, "ID": scores[splits.id_split], "OOD": ood}
+    for name, gate in GATES.items() if layers else ():
+        combine = gate(layers["validation"], labels["validation"], kind)
+        if combine is not None:
+            scores = {
+                split: compute_metrics(combine(own), labels[split], kind)[metric] for split, own in layers.items()
+            }
+            ood = statistics.fmean(score for split, score in scores.items() if split.startswith("ood "))
+            rules[name] = {"blend": None, "ID": scores[splits.id_split], "OOD": ood}
     return {"seconds": round(seconds, 2), "metric": metric, "rules": rules}
+
+
+def _layers_of(model: LeviModel, splits: Splits, blend: float) -> dict[str, np.ndarray]:
+    """Every layer's predictions [L, N, C] of every split but the training rows, at a blend."""
+    model.config.blend = blend
+    named = [(name, data) for name, data in splits.named() if name != "train"]
+    found = {name: predict(model, data, with_layers=True).layer_logits for name, data in named}
+    model.config.blend = 0.0
+    return {name: logits for name, logits in found.items() if logits is not None}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
