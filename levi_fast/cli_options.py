@@ -119,8 +119,8 @@ MaxTrainRowsOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="amazon, images: draw that many training rows.",
-        show_default="amazon 20000, else all",
+        help="movielens, amazon, images: draw that many training rows.",
+        show_default="movielens 6000, amazon 20000, else all",
         rich_help_panel=DATA,
     ),
 ]
@@ -128,8 +128,8 @@ MaxEvalRowsOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="amazon, images: and of every other set.",
-        show_default="amazon 2000, else all",
+        help="movielens, amazon, images: and of every other set.",
+        show_default="movielens 1500, amazon 2000, else all",
         rich_help_panel=DATA,
     ),
 ]
@@ -245,8 +245,9 @@ def data_fields(
         raise DataError("--task-name brings its own data: leave out --train, --validation, --test, --ood and columns")
     if task_name is None and data is not None:
         raise DataError("--data: only with --task-name; give your own files with --train")
-    if task_name not in ("amazon", *IMAGE_TASKS) and (max_train_rows is not None or max_eval_rows is not None):
-        raise DataError(f"--max-train-rows, --max-eval-rows: only with --task-name amazon, {', '.join(IMAGE_TASKS)}")
+    drawn = ("movielens", "amazon", *IMAGE_TASKS)
+    if task_name not in drawn and (max_train_rows is not None or max_eval_rows is not None):
+        raise DataError(f"--max-train-rows, --max-eval-rows: only with --task-name {', '.join(drawn)}")
     columns = Columns(
         tuple(text_column or ()),
         tuple(numeric_column or ()),

@@ -68,17 +68,22 @@ class Group:
         return (variant.rows or 0) <= rows and (not variant.text or spec.get("type") == "text")
 
 
-def load(name: str, shared: Path, seed: int, caches: Path, console: Console) -> Group:
+def load(
+    name: str, shared: Path, seed: int, caches: Path, console: Console, max_train_rows: int | None = None
+) -> Group:
     """Read one of :data:`DATA` and its taps, from ``caches`` where they are.
 
     Args:
         shared: folder with ``imdb-counterfactual`` and ``movielens-small``.
         seed: of training; of MovieLens and the synthetic reviews, also of the data.
+        max_train_rows: of MovieLens, where not its own number.
     """
     source, fixed = _source(name, shared, seed, caches)
     options = TrainingOptions(**TASK_TRAINING.get(source.get("task_name", ""), {}), seed=seed)
-    cache = caches / (name if fixed else f"{name}-seed-{seed}")
-    request = TrainRequest(output="", method="taps-only", cache=str(cache), options=options, **source)
+    named = name if fixed else f"{name}-seed-{seed}"
+    if max_train_rows is not None:
+        source, named = {**source, "max_train_rows": max_train_rows}, f"{named}-{max_train_rows}"
+    request = TrainRequest(output="", method="taps-only", cache=str(caches / named), options=options, **source)
     prepared = prepare(request, console)
     bank = build_bank(request, prepared, console)
     assert bank is not None

@@ -67,7 +67,8 @@ def load_named_task(
         split: what is held out or trained on; see ``--split``.
         seed: of what is drawn.
         problem_type: where the labels can be read in several ways (amazon).
-        max_train_rows, max_eval_rows: how many rows are drawn (amazon, images); None takes the data set's own number.
+        max_train_rows, max_eval_rows: how many rows are drawn (movielens, amazon, images); None takes the data set's
+            own number.
         ood: further folders by name (image-folders, retinopathy).
 
     Raises:
@@ -80,7 +81,7 @@ def load_named_task(
     if ood and name not in WITH_OOD_FOLDERS:
         raise DataError(f"--ood: --task-name {name} brings its own OOD sets")
     if name == "movielens":
-        return MovieLensSplits.load(data, split or "genres", seed)
+        return MovieLensSplits.load(data, split or "genres", seed, max_train_rows, max_eval_rows)
     if name in IMAGE_TASKS:
         return ImageTask.read(name, data, split, seed, max_train_rows, max_eval_rows, ood or {})
     if name == "digits":
@@ -138,23 +139,35 @@ class MovieLensSplits:
     split: str
     seed: int
     processor: TableProcessor
+    sizes: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, data: str, split: str, seed: int) -> MovieLensSplits:
+    def load(
+        cls, data: str, split: str, seed: int, max_train_rows: int | None = None, max_eval_rows: int | None = None
+    ) -> MovieLensSplits:
         """Read and split a folder with ``ratings.csv`` and ``movies.csv``.
+
+        Args:
+            data, split, seed: see :func:`levi_fast.data.movielens.load_movielens`.
+            max_train_rows, max_eval_rows: ratings of the training set, and of every other; None: 6,000 and 1,500.
 
         Raises:
             DataError: the folder or a file cannot be used.
         """
         from levi_fast.data.movielens import load_movielens
 
-        examples = load_movielens(data, split=split, seed=seed)
+        given: dict[str, Any] = {"max_train": max_train_rows} if max_train_rows is not None else {}
+        if max_eval_rows is not None:
+            given |= dict.fromkeys(("max_validation", "max_test", "max_ood"), max_eval_rows)
+        examples = load_movielens(data, split=split, seed=seed, **given)
         ratings = examples.splits["train"].label
         labels = LabelSpace(
             "rating", REGRESSION, "number", target_mean=float(ratings.mean()), target_std=float(ratings.std()) or 1.0
         )
         processor = TableProcessor(Columns(text=("text",), label="rating"), labels, max_length=256)
-        return cls(examples, split, seed, processor)
+        return cls(
+            examples, split, seed, processor, {"max_train_rows": max_train_rows, "max_eval_rows": max_eval_rows}
+        )
 
     def load_preprocessor(self, backbone: str) -> Any:
         """The backbone's tokenizer."""
@@ -190,7 +203,9 @@ class MovieLensSplits:
 
     def save(self, directory: Path) -> None:
         """Write what :func:`load_saved_task` needs."""
-        save_task(directory, self.processor, {"task": "movielens", "split": self.split, "seed": self.seed})
+        save_task(
+            directory, self.processor, {"task": "movielens", "split": self.split, "seed": self.seed, **self.sizes}
+        )
 
 
 def saved_task_name(directory: str | Path) -> str | None:

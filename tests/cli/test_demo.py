@@ -77,30 +77,25 @@ def test_without_the_weights_it_says_what_to_install(levi_fast: Run, monkeypatch
 
 @needs_minilm
 @pytest.mark.parametrize("method", ["levi", "linear-probe", "taps-only", "task-model"])
-def test_movielens_through_the_command_line(
-    levi_fast: Run, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_movielens_through_the_command_line(levi_fast: Run, shared_data: Path, tmp_path: Path, method: str) -> None:
     """Every method: those without a task model have no use for the histories that the rows bring along."""
-    import levi_fast.data.movielens as module
-
     if not (shared_data / "movielens-small" / "ratings.csv").is_file():
         pytest.skip(f"no movielens-small in {shared_data}")
-    whole = module.load_movielens
-    monkeypatch.setattr(
-        module,
-        "load_movielens",
-        lambda data, **options: whole(data, **options, max_train=60, max_validation=30, max_test=30, max_ood=30),
-    )
     folder = str(tmp_path / "model")
     data = str(shared_data / "movielens-small")
     status, out, err = levi_fast(
         *("train", "--task-name", "movielens", "--data", data, "--split", "years", "--method", method),
-        *("--epochs", "2", "--output", folder),
+        *("--epochs", "2", "--max-train-rows", "60", "--max-eval-rows", "30", "--output", folder),
     )
     assert status == 0, err
     assert "OOD later_years" in out and "RMSE" in out
     trained = json.loads((tmp_path / "model" / "metrics.json").read_text())
-    assert trained["task"] == "movielens" and trained["sizes"]["train"] == 60
+    assert trained["task"] == "movielens" and trained["sizes"] == {
+        "train": 60,
+        "validation": 30,
+        "test": 30,
+        "ood": {"later_years": 30},
+    }
     status, out, err = levi_fast("evaluate", "--model", folder, "--data", data, "--output", str(tmp_path / "e.json"))
     assert status == 0, err
     again = json.loads((tmp_path / "e.json").read_text())

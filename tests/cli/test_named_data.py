@@ -127,5 +127,5 @@ class TestAmazon:
         status, _, err = levi_fast("train", "--task-name", "amazon", *output)
         assert status == 2 and "--task-name amazon needs --data, a folder with files such as Books.json.gz" in err
         status, _, err = levi_fast("train", "--train", "a.csv", "--max-train-rows", "5", *output)
-        assert status == 2 and "--max-train-rows, --max-eval-rows: only with --task-name amazon" in err
+        assert status == 2 and "--max-train-rows, --max-eval-rows: only with --task-name movielens, amazon" in err
         assert not (tmp_path / "model").exists()
