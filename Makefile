@@ -103,6 +103,7 @@ BENCH_OUT ?= benchmarks/results
 .PHONY: bench
 bench: $(STAMP)  ## the CPU's part of the benchmarks, under 30 minutes on two idle cores; JSON and charts
 	$(BENCH) kernels --device cpu --peers all --output $(BENCH_OUT)/kernels_cpu.json --plots docs/performance
+	$(BENCH) package --build --output $(BENCH_OUT)/package_cpu.json
 
 .PHONY: clean
 clean:  ## remove what was built, but not .venv

@@ -82,6 +82,21 @@ def _kernels_on_gpu(output: Path | None, budget: float) -> None:
         raise SystemExit("\n".join(failures))
 
 
+@bench_app.command()
+def package(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Fresh interpreters for every import.")] = 9,
+    build: Annotated[
+        bool, typer.Option("--build", help="From a checkout: also time a clean native build and weigh a wheel.")
+    ] = False,
+    output: OutputOption = None,
+) -> None:
+    """Time imports and --help in fresh interpreters, and weigh the package."""
+    from levi_fast.bench.package import PackageOptions, bench_package, package_tables
+
+    document = bench_package(PackageOptions(rounds, build), output, _note)
+    _finish(package_tables(document), document, output, None, "package")
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
