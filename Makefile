@@ -105,6 +105,10 @@ bench: $(STAMP)  ## the CPU's part of the benchmarks, under 30 minutes on two id
 	$(BENCH) kernels --device cpu --peers all --output $(BENCH_OUT)/kernels_cpu.json --plots docs/performance
 	$(BENCH) package --build --output $(BENCH_OUT)/package_cpu.json
 
+.PHONY: guard-refresh
+guard-refresh: $(STAMP)  ## store this checkout's counts, bytes and ratios, which make test compares with
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/guard.py --refresh
+
 .PHONY: clean
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist *.egg-info levi_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,7 +43,7 @@ def test_the_command_writes_what_it_shows(
     assert document["sizes"]["files"] > 100 and "build" not in document
     assert document["measured_on"]["versions"]["torch"]
     shown = capsys.readouterr().out
-    assert "target 1.15" in shown and "levi-fast --help" in shown
+    assert "1.15" in shown and "levi-fast --help" in shown
 
 
 def test_an_import_is_timed_without_the_interpreters_start() -> None:
@@ -92,7 +92,7 @@ def test_a_wheel_is_built_from_tracked_files(tmp_path: Path) -> None:
         build_figures(tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     subprocess.run(["git", "add", "setup.py", "one.py"], cwd=tmp_path, check=True)
-    with pytest.raises(DataError, match="No such file.*two"):  # not tracked, so not in the copy that is built
+    with pytest.raises(DataError, match=r"No such file.*two"):  # not tracked, so not in the copy that is built
         build_figures(tmp_path)
     subprocess.run(["git", "add", "two.py"], cwd=tmp_path, check=True)
     found = build_figures(tmp_path)
