@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tasks import load_task, machine
+from tasks import machine
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, load_backbone, load_tokenizer
+from levi_fast.bench.workload import load_task
 from levi_fast.quantization import BACKBONE_DTYPES
 from levi_fast.storage import write_atomic
 from levi_fast.training.fit import TrainingOptions
@@ -45,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = load_tokenizer(DEFAULT_BACKBONE)
-    task = load_task("imdb", arguments.data, "", 0)
+    task = load_task("imdb", arguments.data)
     rows: list[dict[str, Any]] = []
     reference: TapBank | None = None
     for dtype in BACKBONE_DTYPES:

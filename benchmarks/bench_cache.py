@@ -35,10 +35,11 @@ from typing import Any
 
 import torch
 import transformers
-from tasks import load_task, machine
+from tasks import machine
 from torch import Tensor, nn
 
 from levi_fast import DEFAULT_BACKBONE, ActivationCache, LeviConfig, TapExtractor, load_backbone, load_tokenizer
+from levi_fast.bench.workload import load_task
 from levi_fast.cache.estimate import Estimate
 from levi_fast.data.batching import length_batches
 from levi_fast.storage import write_atomic
@@ -51,7 +52,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 def load(data: Path) -> tuple[nn.Module, Any, Any, Splits]:
     backbone, tokenizer = load_backbone(DEFAULT_BACKBONE), load_tokenizer(DEFAULT_BACKBONE)
-    task = load_task("imdb", data, "", 0)
+    task = load_task("imdb", data)
     return backbone, tokenizer, task, task.encode(tokenizer, max_length=None, backbone_config=backbone.config)
 
 

@@ -22,140 +22,58 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from tasks import load_task, machine
-from torch import Tensor, nn
+from tasks import machine
 from transformers import set_seed
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, LeviModel, get_levi_model, load_backbone, load_tokenizer
-from levi_fast.data.encoded import EncodedDataset
+from levi_fast.bench.synthetic_taps import WIDTH, SyntheticEpoch, mapped_taps
+from levi_fast.bench.uncached import levi_step, lora_step, sample_batches
+from levi_fast.bench.workload import load_task
 from levi_fast.storage import write_atomic
 from levi_fast.training import prefetch
 from levi_fast.training.fit import TrainingOptions, fit
-from levi_fast.training.lean import clip_gradients, epoch_rows
 from levi_fast.training.named_tasks import TASK_TRAINING
-from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 from levi_fast.training.runs import Splits, task_inputs
 
 RESULTS = Path(__file__).parent / "results" / "cached_training_cpu.json"
-GROWTH_WIDTH, GROWTH_BATCH = 384, 128
 AT_LEAST = {"movielens": (50, 100), "imdb": (15, 30)}
-
-
-def mapped_taps(folder: Path, name: str, rows: int, width: int) -> Tensor:
-    """Random taps [rows, width] in a file that is memory-mapped."""
-    path = folder / f"{name}.bin"
-    generator = torch.Generator().manual_seed(rows)
-    with open(path, "wb") as file:
-        for start in range(0, rows, 10_000):
-            part = torch.randn(min(10_000, rows - start), width, generator=generator)
-            file.write(part.numpy().tobytes())
-    taps = torch.from_file(str(path), shared=True, size=rows * width).view(rows, width)
-    assert taps.untyped_storage().filename is not None  # how the lean loop knows that they are on disk
-    return taps
-
-
-def chunks_of(dataset: EncodedDataset, batch_size: int) -> list[Tensor]:
-    return list(epoch_rows(len(dataset), 0, 0).split(batch_size))
-
-
-def padded(dataset: EncodedDataset, rows: Tensor) -> int:
-    """Tokens of a batch with its padding."""
-    return len(rows) * int(dataset.lengths[rows].max())
-
-
-def spread(chunks: list[Tensor], count: int) -> list[Tensor]:
-    """A few batches, evenly over the epoch."""
-    return [chunks[round(place * (len(chunks) - 1) / max(count - 1, 1))] for place in range(count)]
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def make_step(trained: list[nn.Parameter], loss_of: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[Any], None]:
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
-
-    def step(batch: dict[str, Tensor]) -> None:
-        loss_of(batch).backward()
-        clip_gradients(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def epochs_with_the_backbone(
     levi: LeviModel, splits: Splits, batch_size: int, sampled: int
 ) -> dict[str, dict[str, float]]:
     """Estimated seconds of an epoch of LEVI without a cache, and of LoRA (r=8, query and value)."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = get_peft_model(load_backbone(DEFAULT_BACKBONE), LoraConfig(r=8, target_modules=["query", "value"]))
-    head = nn.Linear(384, int(levi.config.num_labels))
-    both = nn.ModuleList([lora, head])
-    regression = levi.config.problem_type == "regression"
-
-    def lora_loss(batch: dict[str, Tensor]) -> Tensor:
-        hidden = lora(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        kept = batch["attention_mask"][..., None].to(hidden.dtype)
-        logits = head((hidden * kept).sum(1) / kept.sum(1))
-        if regression:
-            return nn.functional.mse_loss(logits[:, 0], batch["labels"])
-        return nn.functional.cross_entropy(logits, batch["labels"])
-
-    def forward(batch: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            levi.extract_taps(**batch)
-
-    train, validation = splits.train, splits.validation
-    chunks = chunks_of(train, batch_size)
     steps = {
-        "levi": make_step([p for p in levi.parameters() if p.requires_grad], lambda b: levi(**b).loss),
-        "lora": make_step([p for p in both.parameters() if p.requires_grad], lora_loss),
+        "levi": levi_step(levi),
+        "lora": lora_step(
+            load_backbone(DEFAULT_BACKBONE), int(levi.config.num_labels), levi.config.problem_type == "regression"
+        ),
     }
-    levi.train()
-    both.train()
-    taken: dict[str, float] = {"levi": 0.0, "lora": 0.0, "forward": 0.0}
-    first = train.__getitems__(chunks[0][:8])
-    for step in (*steps.values(), forward):
-        step(first)
-    tokens = 0
-    for rows in spread(chunks, sampled):
-        batch = train.__getitems__(rows)
-        tokens += padded(train, rows)
-        for name, step in {**steps, "forward": forward}.items():  # interleaved
-            taken[name] += seconds_of(lambda s=step, b=batch: s(b))  # type: ignore[misc]
-    all_tokens = sum(padded(train, rows) for rows in chunks)
-    scored = list(torch.arange(len(validation)).split(EVALUATION_BATCH_SIZE))
-    validation_tokens = sum(padded(validation, rows) for rows in scored)
-    scoring = taken["forward"] * validation_tokens / tokens
+    found = sample_batches(levi, steps, splits, batch_size, sampled)
+    taken = {name: sum(values) for name, values in found.seconds.items()}
+    share = 1 / sum(found.tokens)
+    scoring = taken["forward"] * found.validation_tokens * share
     result: dict[str, dict[str, float]] = {}
     for name in steps:
-        training = taken[name] * all_tokens / tokens
+        training = taken[name] * found.all_tokens * share
         result[name] = {
             "epoch_seconds": round(training + scoring, 2),
             "training_seconds": round(training, 2),
             "validation_seconds": round(scoring, 2),
             "timed_seconds": round(taken[name], 2),
         }
-    result["estimated_from"] = {"timed_batches": sampled, "timed_tokens": tokens, "tokens": all_tokens,
-                                "validation_tokens": validation_tokens}  # fmt: skip
+    result["estimated_from"] = dict(found.estimated_from())
     return result
 
 
 def epoch(task_name: str, data: Path, sampled: int, epochs: int) -> dict[str, Any]:
     """The epoch's time in all its forms on a real data set."""
     backbone, tokenizer = load_backbone(DEFAULT_BACKBONE), load_tokenizer(DEFAULT_BACKBONE)
-    task = load_task(task_name, data, "genres", 0)
+    task = load_task(task_name, data)
     splits = task.encode(tokenizer, max_length=None, backbone_config=backbone.config)
     assert task.processor.labels is not None
     config = LeviConfig(
@@ -226,32 +144,15 @@ def growth_row(rows: int, streamed: bool, folder: Path) -> dict[str, Any]:
     """One epoch on synthetic taps in this process: time per example, memory."""
     if streamed:
         prefetch.MEMORY_SHARE = 0.0
-    generator = torch.Generator().manual_seed(0)
-
-    def dataset(name: str, count: int) -> EncodedDataset:
-        data = EncodedDataset(
-            name,
-            features={"numeric": torch.randn(count, 2, generator=generator)},
-            labels=torch.randint(0, 2, (count,), generator=generator),
-        )
-        data.set_taps(mapped_taps(folder, name, count, GROWTH_WIDTH), keep_inputs=False)
-        return data
-
-    train, validation = dataset("train", rows), dataset("validation", 1000)
-    config = LeviConfig(
-        num_labels=2, problem_type="single_label_classification", tap_layers=[0], tap_widths=[GROWTH_WIDTH],
-        view_width=64, task_model={"type": "tabular", "num_numeric": 2},
-    )  # fmt: skip
-    fit(LeviModel(config), validation, validation, TrainingOptions(epochs=1, batch_size=GROWTH_BATCH))  # warm-up
-    model = LeviModel(config)
+    epoch = SyntheticEpoch(rows, folder)
     with MemoryWatch() as watch:
-        result = fit(model, train, validation, TrainingOptions(epochs=1, batch_size=GROWTH_BATCH))
+        seconds = epoch.run()
     return {
         "examples": rows,
-        "taps_mib": round(rows * GROWTH_WIDTH * 4 / 2**20, 1),
+        "taps_mib": round(rows * WIDTH * 4 / 2**20, 1),
         "taps": "streamed" if streamed else "read into memory",
-        "epoch_seconds": round(result.seconds, 3),
-        "microseconds_per_example": round(1e6 * result.seconds / rows, 2),
+        "epoch_seconds": round(seconds, 3),
+        "microseconds_per_example": round(1e6 * seconds / rows, 2),
         "anonymous_memory_grew_mib": round((watch.peaks["RssAnon"] - watch.before["RssAnon"]) / 1024, 1),
         "mapped_file_pages_peak_mib": round(watch.peaks["RssFile"] / 1024, 1),
     }

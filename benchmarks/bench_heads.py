@@ -26,10 +26,8 @@ from typing import Any
 
 import torch
 import transformers
-from bench_cached_training import mapped_taps
-from tasks import load_task, machine
+from tasks import machine
 from torch import Tensor, nn
-from transformers import set_seed
 
 from levi_fast import (
     DEFAULT_BACKBONE,
@@ -40,23 +38,23 @@ from levi_fast import (
     load_backbone,
     load_tokenizer,
 )
+from levi_fast.bench.heads import COUNT, RATES, SEEDS, alone, make_heads
+from levi_fast.bench.synthetic_taps import mapped_taps
+from levi_fast.bench.workload import load_task
 from levi_fast.functional import layerwise_loss
 from levi_fast.storage import write_atomic
-from levi_fast.training.fit import TrainingOptions, fit
 from levi_fast.training.named_tasks import TASK_TRAINING
-from levi_fast.training.runs import Splits, score, task_inputs
+from levi_fast.training.runs import task_inputs
 from levi_fast.training.sweep import Head, HeadResult, train_heads
 
 RESULTS = Path(__file__).parent / "results" / "many_heads_cpu.json"
-SEEDS, RATES = range(8), (1e-3, 3e-4)
-COUNT = len(SEEDS) * len(RATES)
 AT_MOST = 0.25
 
 
-def make_heads(task_name: str, data: Path, epochs: int, folder: Path) -> list[Head]:
+def heads_of(task_name: str, data: Path, epochs: int, folder: Path) -> list[Head]:
     """The sixteen configurations on a real data set's rows, with random taps of MiniLM's shape."""
     backbone, tokenizer = load_backbone(DEFAULT_BACKBONE), load_tokenizer(DEFAULT_BACKBONE)
-    task = load_task(task_name, data, "genres", 0)
+    task = load_task(task_name, data)
     splits = task.encode(tokenizer, max_length=None, backbone_config=backbone.config)
     assert task.processor.labels is not None
     config = LeviConfig(task_model=task.task_model("auto", len(tokenizer)), **task.processor.labels.config_fields())
@@ -65,27 +63,7 @@ def make_heads(task_name: str, data: Path, epochs: int, folder: Path) -> list[He
         taps = mapped_taps(folder, str(place), len(dataset), sum(model.config.tap_widths or []))
         dataset.set_taps(taps, keep_inputs="input_ids" in task_inputs(model))
     schedule = {**TASK_TRAINING.get(task_name, {}), "epochs": epochs}
-    return [
-        Head(f"{seed} {rate}", model.config, TrainingOptions(seed=seed, learning_rate=rate, **schedule), splits)
-        for seed in SEEDS
-        for rate in RATES
-    ]
-
-
-def alone(head: Head) -> tuple[LeviModel, dict[str, Any], float]:
-    """A head trained and scored by itself: model, figures, seconds."""
-    started = time.perf_counter()
-    set_seed(head.options.seed)
-    model = LeviModel(head.config)
-    splits: Splits = head.splits
-    result = fit(model, splits.train, splits.validation, head.options, loop="lean")
-    scored = splits.validation if splits.test is None else splits.test
-    figures = {
-        "history": result.history,
-        "id": score(model, scored),
-        "ood": {name: score(model, dataset) for name, dataset in splits.ood.items()},
-    }
-    return model, figures, time.perf_counter() - started
+    return make_heads(model.config, splits, schedule)
 
 
 def difference(model: LeviModel, figures: dict[str, Any], head: HeadResult) -> dict[str, Any]:
@@ -102,7 +80,7 @@ def difference(model: LeviModel, figures: dict[str, Any], head: HeadResult) -> d
 def training(task_name: str, data: Path, epochs: int) -> dict[str, Any]:
     """Training and scoring alone."""
     with tempfile.TemporaryDirectory() as folder:
-        heads = make_heads(task_name, data, epochs, Path(folder))
+        heads = heads_of(task_name, data, epochs, Path(folder))
         threads = torch.get_num_threads()
         alone(heads[0])  # warm-up; the workers' server too, which the command line starts before it reads its data
         train_heads(heads[:2])

@@ -1,32 +1,15 @@
-"""What several benchmarks share: the real data sets, and what their figures were measured on."""
+"""What several benchmarks' figures were measured on."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from levi_fast import __version__
-from levi_fast.data.tables import Columns
-from levi_fast.training.named_tasks import MovieLensSplits
-from levi_fast.training.tasks import TableFiles, TableTask
-
-
-def load_task(name: str, data: Path, split: str, seed: int) -> MovieLensSplits | TableTask:
-    """The named task, read from ``data``."""
-    if name == "movielens":
-        return MovieLensSplits.load(str(data), split, seed)
-    files = TableFiles(
-        str(data / "orig" / "train.tsv"),
-        str(data / "orig" / "dev.tsv"),
-        str(data / "orig" / "test.tsv"),
-        {"new": str(data / "new" / "test.tsv")},
-    )
-    return TableTask.load(files, Columns(text=("Text",), label="Sentiment"))
 
 
 def machine() -> dict[str, Any]:

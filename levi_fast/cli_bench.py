@@ -28,6 +28,9 @@ PlotsOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option("--num-threads", min=1, help="Threads of PyTorch; default: all cores.")
 ]
+BackboneOption = Annotated[
+    str | None, typer.Option("--backbone", help="Hub id or folder; default: the packaged MiniLM (levi_fast[demo]).")
+]
 SecondsOption = Annotated[float, typer.Option("--seconds", help="Of interleaved rounds for each row.")]
 
 
@@ -95,6 +98,74 @@ def package(
 
     document = bench_package(PackageOptions(rounds, build), output, _note)
     _finish(package_tables(document), document, output, None, "package")
+
+
+@bench_app.command()
+def epoch(
+    task_name: Annotated[
+        str,
+        typer.Option("--task-name", help="synthetic (the demo's generated reviews), movielens, amazon, or imdb (a "
+                     "folder with orig/{train,dev,test}.tsv and new/test.tsv)."),
+    ] = "synthetic",
+    data: Annotated[
+        str | None, typer.Option("--data", help="Folder or file of the task; synthetic needs none.")
+    ] = None,
+    backbone: BackboneOption = None,
+    parts: Annotated[
+        str,
+        typer.Option("--parts", help="Of uncached, lora, cold, cached, heads, target, target-lora. Default: all but "
+                     "target-lora, which fine-tunes in full."),
+    ] = "",
+    target: Annotated[
+        float | None,
+        typer.Option("--target", help="Validation accuracy (RMSE where labels are numbers) to time training to. "
+                     "Default: what a linear probe reaches."),
+    ] = None,
+    batches: Annotated[
+        int, typer.Option("--batches", help="To time with the backbone in the step; the epoch is extrapolated.")
+    ] = 4,
+    heads: Annotated[int, typer.Option("--heads", help="Of the sweep, 2 to 16.")] = 16,
+    seconds: SecondsOption = 5.0,
+    num_threads: ThreadsOption = None,
+    output: OutputOption = None,
+    plots: PlotsOption = None,
+) -> None:  # fmt: skip
+    """Time an epoch of LEVI: uncached, LoRA, from a cache; sixteen heads; training until a validation score."""
+    from levi_fast.bench.epochs import DEFAULT_PARTS, EpochOptions, bench_epoch, epoch_tables
+
+    options = EpochOptions(
+        task=task_name, data=data, backbone=backbone, parts=_names(parts) if parts else DEFAULT_PARTS, target=target,
+        seconds=seconds, sampled=batches, heads=heads,
+    )  # fmt: skip
+    prepare_libraries(num_threads)
+    document = bench_epoch(options, output, _note)
+    _finish(epoch_tables(document), document, output, plots, "epoch")
+
+
+@bench_app.command()
+def growth(
+    parts: Annotated[str, typer.Option("--parts", help="Of ensemble, pooling, cached, step. Default: all.")] = "",
+    peers: Annotated[
+        str,
+        typer.Option("--peers", help="Of eager, hand-batched, grouped-mm (ensemble), eager, sum-over-count, bmm "
+                     "(pooling)."),
+    ] = "eager",
+    backbone: BackboneOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="No epochs of more than 100,000 rows.")] = False,
+    seconds: SecondsOption = 1.0,
+    num_threads: ThreadsOption = None,
+    output: OutputOption = None,
+    plots: PlotsOption = None,
+) -> None:  # fmt: skip
+    """Time ops, cached epochs and steps over growing sizes, and fit exponents and costs per unit."""
+    from levi_fast.bench.growth import PARTS, GrowthOptions, bench_growth, growth_tables
+
+    options = GrowthOptions(
+        parts=_names(parts) if parts else PARTS, peers=_names(peers), backbone=backbone, quick=quick, seconds=seconds
+    )
+    prepare_libraries(num_threads)
+    document = bench_growth(options, output, _note)
+    _finish(growth_tables(document), document, output, plots, "growth")
 
 
 def _names(text: str) -> tuple[str, ...]:

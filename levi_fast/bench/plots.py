@@ -102,6 +102,66 @@ def roofline(document: Mapping[str, Any]) -> str | None:
     return svg_of(figure)
 
 
+def epochs(document: Mapping[str, Any]) -> str | None:
+    """Seconds of every row as a bar, log scale, with the quartiles; a panel per data set; hatched: extrapolated."""
+    rows = document.get("epoch", [])
+    if not rows:
+        return None
+    plt = pyplot()
+    names = list(dict.fromkeys(row["case"]["data"] for row in rows))
+    groups = [[row for row in rows if row["case"]["data"] == name] for name in names]
+    heights = [len(group) for group in groups]
+    figure, panels = plt.subplots(
+        len(names), 1, figsize=(6.4, 0.8 * len(names) + 0.26 * sum(heights)), sharex=True, squeeze=False,
+        height_ratios=heights,
+    )  # fmt: skip
+    kinds = list(dict.fromkeys(row["case"]["what"].split(":")[0] for row in rows))
+    for axes, name, group in zip(panels[:, 0], names, groups, strict=True):
+        for place, row in enumerate(group):
+            middle, (low, _, high) = row["median_seconds"], row["quartiles_seconds"]
+            colour = COLOURS[kinds.index(row["case"]["what"].split(":")[0])]
+            hatch = "///" if "extrapolated_from" in row else None
+            axes.barh(place, middle, color=colour, height=0.7, hatch=hatch, edgecolor="white")
+            axes.plot([low, high], [place, place], color="black", linewidth=1)
+            axes.annotate(
+                f"{middle:,.2f}", (max(middle, high), place), (4, 0), textcoords="offset points", va="center"
+            )
+        axes.set(xscale="log", title=name)
+        axes.set_yticks(range(len(group)), [row["case"]["what"] for row in group])
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.margins(x=0.15)
+    panels[-1][0].xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[-1][0].set_xlabel("seconds, log scale; hatched: extrapolated from a few batches by tokens")
+    return svg_of(figure)
+
+
+def scaling(document: Mapping[str, Any]) -> str | None:
+    """Median time over size, both on log scales; a panel per variable, exponents of the fits in its legend."""
+    rows = document.get("growth", [])
+    if not rows:
+        return None
+    plt = pyplot()
+    across = min(len(rows), 3)
+    down = -(-len(rows) // across)
+    figure, panels = plt.subplots(down, across, figsize=(0.4 + 2.9 * across, 2.9 * down), squeeze=False)
+    for axes in panels.flat[len(rows) :]:
+        axes.set_visible(False)
+    for axes, row in zip(panels.flat, rows, strict=False):
+        for place, (name, found) in enumerate({"ours": row, **row["peers"]}.items()):
+            error = "" if found["exponent_stderr"] is None else f" ± {found['exponent_stderr']:.2f}"
+            label = f"{name}: {found['exponent']:.2f}{error}"
+            style = {"marker": MARKERS[place], "color": COLOURS[place], "markersize": 4, "linewidth": 1}
+            axes.plot(row["sizes"], [1e-3 * value for value in found["median_us"]], label=label, **style)
+        axes.set(xscale="log", yscale="log", xlabel=row["case"]["variable"])
+        axes.set_title(row["case"]["what"], fontsize=9)
+        axes.legend(title="exponent", frameon=False, fontsize=8, title_fontsize=8)
+    for line in panels:
+        line[0].set_ylabel("ms")
+    figure.tight_layout()
+    return svg_of(figure)
+
+
 def _legend(figure: Any, panels: Sequence[Any]) -> None:
     found: dict[str, Any] = {}
     for axes in panels:
@@ -117,4 +177,8 @@ def _middle(values: Sequence[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-CHARTS: dict[str, dict[str, Draw]] = {"kernels": {"ratios": ratios, "roofline": roofline}}
+CHARTS: dict[str, dict[str, Draw]] = {
+    "kernels": {"ratios": ratios, "roofline": roofline},
+    "epoch": {"epochs": epochs},
+    "growth": {"scaling": scaling},
+}

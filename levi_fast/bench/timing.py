@@ -78,13 +78,13 @@ def compared(times: Mapping[str, Sequence[float]], ours: str = "ours", also: Seq
             each = [peer / own for peer, own in zip(times[name], times[ours], strict=True)]
             ratios[name] = {
                 "median": round(statistics.median(each), 3),
-                "quartiles": [round(each, 3) for each in _quartiles(each)],
+                "quartiles": [round(each, 3) for each in quartiles(each)],
                 "interval": [round(bound, 3) for bound in interval_of_median(each)],
             }
     found: dict[str, Any] = {
         "rounds": len(times[ours]),
         "median_us": {name: round(value * 1e6, 2) for name, value in median.items()},
-        "quartiles_us": {name: [round(q * 1e6, 2) for q in _quartiles(values)] for name, values in times.items()},
+        "quartiles_us": {name: [round(q * 1e6, 2) for q in quartiles(values)] for name, values in times.items()},
         "fastest_us": {name: round(min(values) * 1e6, 2) for name, values in times.items()},
         "peer_over_ours": ratios,
     }
@@ -95,7 +95,8 @@ def compared(times: Mapping[str, Sequence[float]], ours: str = "ours", also: Seq
     return found
 
 
-def _quartiles(values: Sequence[float]) -> list[float]:
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The three of them; a single value thrice."""
     return statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
 
 
