@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_streaming import high_water_mark, text
 from tasks import machine
 from torch import nn
 
 from levi_fast import LeviConfig, TapExtractor, get_levi_model
+from levi_fast.bench.memory import high_water_mark, text
 from levi_fast.storage import write_atomic
 
 WHAT = ("bare", "levi", "hidden_states")

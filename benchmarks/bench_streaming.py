@@ -2,20 +2,16 @@
 
     python benchmarks/bench_streaming.py            # writes benchmarks/results/streaming_cpu.json
 
-Memory: every figure comes from a process of its own. glibc is told to hand freed tensors back at once, the kernel's
-high-water mark of resident memory (VmHWM) is reset after a warm-up, and its rise over one forward is read. Time:
-median of interleaved rounds in one process. Backbones have random weights, apart from MiniLM for the training step.
+Memory: see levi_fast/bench/memory.py, which ``levi-fast bench memory`` runs too. Time: median of interleaved
+rounds in one process. Backbones have random weights, apart from MiniLM for the training step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,25 +22,16 @@ from tasks import machine
 from torch import nn
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, TapExtractor, get_levi_model, load_backbone
+from levi_fast.bench.backbones import bert as bert_of
+from levi_fast.bench.memory import HEADS, WIDTH, forward_memory, text
 from levi_fast.quantization import BACKBONE_DTYPES
 from levi_fast.storage import write_atomic
 
 RESULTS = Path(__file__).parent / "results" / "streaming_cpu.json"
-WIDTH, HEADS, DEPTH = 384, 12, 32
-MEMORY_BATCH, MEMORY_TOKENS = 16, 128
-MEMORY_REPEATS = 1  # with glibc told as above, repeats agree to the page
 
 
 def bert(layers: int) -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    return BertModel(
-        BertConfig(
-            vocab_size=1000, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=HEADS,
-            intermediate_size=4 * WIDTH,
-        ),
-        add_pooling_layer=False,
-    )  # fmt: skip
+    return bert_of(layers, WIDTH, HEADS, 1000)
 
 
 def llama(layers: int) -> nn.Module:
@@ -80,69 +67,6 @@ BACKBONES: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "gpt2": ("decoder", gpt2),
     "t5": ("encoder-decoder", t5),
 }
-
-
-def text(batch: int, tokens: int, vocabulary: int = 1000) -> dict[str, torch.Tensor]:
-    ids = torch.randint(5, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def high_water_mark() -> int:
-    """VmHWM of this process in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def peak_of(forward: Callable[[], object]) -> int:
-    """Rise of the resident memory's high-water mark over one call, above what is resident before it."""
-    forward()  # thread pools, code pages, packed weights
-    Path("/proc/self/clear_refs").write_text("5")
-    before = high_water_mark()
-    forward()
-    return high_water_mark() - before
-
-
-def measure_memory(layers: int, what: str) -> int:
-    """Peak of one forward in this process; ``what``: bare, output_hidden_states, or a number of taps."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    backbone = bert(layers).eval()
-    inputs = text(MEMORY_BATCH, MEMORY_TOKENS)
-
-    def plain() -> object:
-        with torch.no_grad():
-            return backbone(**inputs, output_hidden_states=what == "output_hidden_states")
-
-    if not what.isdecimal():
-        return peak_of(plain)
-    extractor = TapExtractor(backbone, "all" if int(what) == layers else f"even:{what}")
-    return peak_of(lambda: extractor(**inputs))
-
-
-def memory() -> dict[str, Any]:
-    """Peaks of a forward by depth and by number of taps, each in a process of its own."""
-    environment = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": str(2**16),
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "MALLOC_ARENA_MAX": "1",
-    }
-    rows = []
-    cases = [(DEPTH, "bare"), *((DEPTH, str(taps)) for taps in (6, 12, 32)), (DEPTH, "output_hidden_states")]
-    cases += [(depth, what) for depth in (6, 12) for what in ("bare", str(depth), "output_hidden_states")]
-    for depth, what in cases:
-        command = [sys.executable, __file__, "--measure", str(depth), what]
-        peaks = [
-            int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-            for _ in range(MEMORY_REPEATS)
-        ]
-        rows.append({"layers": depth, "forward": what, "peak_mib": round(statistics.median(peaks) / 2**20, 2)})
-        print(rows[-1], flush=True)
-    bare = {row["layers"]: row["peak_mib"] for row in rows if row["forward"] == "bare"}
-    for row in rows:
-        row["beyond_bare_mib"] = round(row["peak_mib"] - bare[row["layers"]], 2)
-    hidden = MEMORY_BATCH * MEMORY_TOKENS * WIDTH * 4 / 2**20
-    return {"batch": [MEMORY_BATCH, MEMORY_TOKENS], "width": WIDTH, "one_hidden_state_mib": hidden, "rows": rows}
 
 
 def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -265,21 +189,17 @@ def backbone_dtypes(rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs=2, metavar=("LAYERS", "WHAT"), help=argparse.SUPPRESS)
     parser.add_argument(
         "--parts", nargs="+", choices=("training_step", "last_taps", "backbone_dtypes", "memory"), default=None
     )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        print(measure_memory(int(arguments.measure[0]), arguments.measure[1]))
-        return
     parts: dict[str, Callable[[], Any]] = {
         "training_step": lambda: training_step(arguments.rounds),
         "last_taps": lambda: last_taps(arguments.rounds),
         "backbone_dtypes": lambda: backbone_dtypes(arguments.rounds),
-        "memory": memory,
+        "memory": lambda: forward_memory(note=print),
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     document = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}

