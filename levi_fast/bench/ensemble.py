@@ -95,17 +95,25 @@ class Case:
         self.calls[name] = lambda taps, view: program(taps, view).layer_logits
         return round(timed(lambda: self.run(name, 0)), 2)
 
-    def run(self, name: str, index: int) -> float:
-        """Seconds of one call of a contender, with its backward pass where that is timed."""
+    def prepare(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Taps, view and the result's gradient of a call, from inputs that ``index`` numbers; no gradient is left."""
         index %= len(self.taps)
         view = self.views[index].detach().requires_grad_(self.backward)
-        taps, grad = self.taps[index], self.grads[index % len(self.grads)]
         self._zero_grad()
-        start = time.perf_counter()
+        return self.taps[index], view, self.grads[index % len(self.grads)]
+
+    def call(self, name: str, taps: Tensor, view: Tensor, grad: Tensor) -> None:
+        """What is timed: one call of a contender, with its backward pass where that is asked for."""
         with torch.set_grad_enabled(self.backward):
             y = self.calls[name](taps, view)
             if self.backward:
                 y.backward(grad)
+
+    def run(self, name: str, index: int) -> float:
+        """Seconds of one call of a contender."""
+        inputs = self.prepare(index)
+        start = time.perf_counter()
+        self.call(name, *inputs)
         return time.perf_counter() - start
 
     def _zero_grad(self) -> None:
@@ -192,24 +200,31 @@ def ensemble_row(
     }
 
 
-def head_step_row(shape: tuple[int, ...], dtype: torch.dtype, peers: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Ensemble and per-layer loss, forward and backward: what a training step adds to the backbone and the view."""
-    case = Case(shape, dtype, backward=True, peers=[peer for peer in peers if peer in ("eager", "hand-batched")])
-    case.check()
-    layers, outputs, batch = shape[0], shape[4], shape[5]
-    target = torch.randint(outputs, (batch,))
+class HeadStep(Case):
+    """Ensemble and per-layer loss, forward and backward: what a training step adds to the backbone and the view.
 
-    def loss_of(name: str, y: Tensor) -> Tensor:
+    Args:
+        shape, dtype, peers: as of :class:`Case`; peers other than "eager" and "hand-batched" are left out.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, peers: Sequence[str]) -> None:
+        super().__init__(shape, dtype, True, [peer for peer in peers if peer in ("eager", "hand-batched")])
+        self.target = torch.randint(shape[4], (shape[5],))
+
+    def call(self, name: str, taps: Tensor, view: Tensor, grad: Tensor) -> None:
+        """As of :class:`Case`; the gradient that comes is the loss's own."""
+        self._loss(name, self.calls[name](taps, view)).backward()
+
+    def _loss(self, name: str, y: Tensor) -> Tensor:
         if name == "hand-batched":  # every layer has the same target: one flat cross-entropy
-            return F.cross_entropy(y.flatten(0, 1).float(), target.repeat(layers))
-        return (functional if name == "ours" else reference).layerwise_loss(y, target, KIND)
+            return F.cross_entropy(y.flatten(0, 1).float(), self.target.repeat(self.shape[0]))
+        return (functional if name == "ours" else reference).layerwise_loss(y, self.target, KIND)
 
-    def run(name: str, index: int) -> float:
-        index %= len(case.taps)
-        view = case.views[index].detach().requires_grad_()
-        case._zero_grad()
-        return timed(lambda: loss_of(name, case.calls[name](case.taps[index], view)).backward())
 
-    times = interleaved({name: partial(run, name) for name in case.calls}, seconds, LEAST_ROUNDS)
+def head_step_row(shape: tuple[int, ...], dtype: torch.dtype, peers: Sequence[str], seconds: float) -> dict[str, Any]:
+    """One row of :class:`HeadStep`."""
+    case = HeadStep(shape, dtype, peers)
+    case.check()
+    times = interleaved({name: partial(case.run, name) for name in case.calls}, seconds, LEAST_ROUNDS)
     return {"case": dict(zip(AXES, shape, strict=True)), "dtype": str(dtype)[6:], "pass": "forward+backward",
             **compared(times)}  # fmt: skip

@@ -48,40 +48,99 @@ def _mask(shape: tuple[int, int, int], generator: torch.Generator) -> tuple[Tens
     return (torch.arange(length) < lengths[:, None]).long(), int(lengths.sum())
 
 
+class Case:
+    """One shape in one dtype: the contenders, and hidden states to rotate through.
+
+    Args:
+        shape: B, T, D.
+        dtype: of the hidden states.
+        cold: rotate through inputs that together exceed any cache; else one input again and again, as a model's
+            pooling sees it: the hidden state was written a moment ago.
+        backward: whether the gradient of the hidden states is part of a call; then of the peers only
+            ``sum-over-count`` and ``bmm`` are kept.
+        peers: of :data:`PEERS`.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, cold: bool, backward: bool, peers: Sequence[str]
+    ) -> None:
+        batch, length, width = self.shape = shape
+        self.dtype, self.backward = dtype, backward
+        copies = max(2, -(-COLD_BYTES // (batch * length * width * dtype.itemsize))) if cold else 1
+        generator = torch.Generator().manual_seed(0)
+        self.hidden = [torch.randn(shape, generator=generator).to(dtype) for _ in range(min(copies, 2))]
+        self.hidden += [self.hidden[i % 2].clone() for i in range(copies - len(self.hidden))]
+        self.mask, self.tokens = _mask(shape, generator)
+        self.grad = torch.randn(batch, width, generator=generator).to(dtype)
+        self.calls = _forms([peer for peer in peers if not backward or peer in ("sum-over-count", "bmm")])
+        for hidden in self.hidden:
+            hidden.requires_grad_(backward)
+
+    def prepare(self, index: int) -> tuple[Tensor]:
+        """The hidden states that ``index`` numbers."""
+        return (self.hidden[index % len(self.hidden)],)
+
+    def call(self, name: str, hidden: Tensor) -> None:
+        """What is timed: one call of a contender, with its backward pass where that is asked for."""
+        pooled = self.calls[name](hidden, self.mask)
+        if self.backward:
+            torch.autograd.grad(pooled, hidden, self.grad)
+
+    def run(self, name: str, index: int) -> float:
+        """Seconds of one call of a contender."""
+        inputs = self.prepare(index)
+        return timed(lambda: self.call(name, *inputs))
+
+    def check(self) -> dict[str, float]:
+        """Largest errors against float64, of ours and of what most code does.
+
+        Raises:
+            WrongResultError: ours is more than twice the other.
+        """
+        hidden = self.hidden[0].detach()
+        wide = (hidden.double() * self.mask[..., None]).sum(1) / self.mask.sum(1, keepdim=True)
+        error, theirs = (
+            float((form(hidden, self.mask).double() - wide).abs().max())
+            for form in (masked_mean_pool, sum_over_count)
+        )
+        if error > 2 * theirs + 1e-12:
+            raise WrongResultError(
+                f"masked_mean_pool at {self.shape} in {self.dtype}: error {error}, PyTorch's own {theirs}"
+            )
+        return {"ours": error, "sum-over-count": theirs}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the tokens that the mask keeps."""
+        return self.tokens * self.shape[2] * self.dtype.itemsize
+
+    def flop(self) -> int:
+        """Of one call: additions; behind it a division a row."""
+        return self.tokens * self.shape[2]
+
+    def bytes(self) -> int:
+        """What must be read in one call; behind it also the gradient, read and written."""
+        batch, length, width = self.shape
+        behind = batch * (length + 1) * width * self.dtype.itemsize if self.backward else 0
+        return self.kept_bytes + self.mask.numel() * self.mask.itemsize + behind
+
+
 def pooling_row(
     shape: tuple[int, int, int], dtype: torch.dtype, cold: bool, peers: Sequence[str], seconds: float
 ) -> dict[str, Any]:
-    """Forward. ``cold`` rotates through inputs that together exceed any cache; else one input again and again, as a
-    model's pooling sees it: the hidden state was written a moment ago.
+    """Forward, see :class:`Case`.
 
     The roofline is a plain sum over as many bytes as the mask keeps, of the same tensors, in the same rounds.
     """
-    batch, length, width = shape
-    size = batch * length * width * dtype.itemsize
-    copies = max(2, -(-COLD_BYTES // size)) if cold else 1
-    generator = torch.Generator().manual_seed(0)
-    hidden = [torch.randn(shape, generator=generator).to(dtype) for _ in range(min(copies, 2))]
-    hidden += [hidden[i % 2].clone() for i in range(copies - len(hidden))]
-    mask, tokens = _mask(shape, generator)
-    forms = _forms(peers)
-    wide = (hidden[0].double() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    error, theirs = (
-        float((f(hidden[0], mask).double() - wide).abs().max()) for f in (masked_mean_pool, sum_over_count)
-    )
-    if error > 2 * theirs + 1e-12:
-        raise WrongResultError(f"masked_mean_pool at {shape} in {dtype}: error {error}, PyTorch's own {theirs}")
-    kept = tokens * width * dtype.itemsize
-    flat = [values.flatten().view(torch.float32)[: kept // 4] for values in hidden]
-
-    def pool(form: Callable[[Tensor, Tensor], Tensor], index: int) -> float:
-        return timed(lambda: form(hidden[index % copies], mask))
-
-    contenders: dict[str, Callable[[int], float]] = {name: partial(pool, form) for name, form in forms.items()}
-    contenders["plain-read"] = lambda i: timed(lambda: flat[i % copies].sum())
+    case = Case(shape, dtype, cold, False, peers)
+    errors = case.check()
+    flat = [values.flatten().view(torch.float32)[: case.kept_bytes // 4] for values in case.hidden]
+    contenders: dict[str, Callable[[int], float]] = {name: partial(case.run, name) for name in case.calls}
+    contenders["plain-read"] = lambda i: timed(lambda: flat[i % len(flat)].sum())
     with torch.no_grad():
         times = interleaved(contenders, seconds, 30)
     found = compared(times, also=("plain-read",))
-    needed = kept + mask.numel() * mask.itemsize
+    needed = case.bytes()
     return {
         "case": {**dict(zip(AXES, shape, strict=True)), "input": "cold" if cold else "warm"},
         "dtype": str(dtype)[6:],
@@ -90,7 +149,7 @@ def pooling_row(
         "bytes_needed": needed,
         "gigabytes_per_second": round(needed / found["median_us"]["ours"] / 1e3, 2),
         "fraction_of_roofline": round(found["median_us"]["plain-read"] / found["median_us"]["ours"], 3),
-        "max_error": {"ours": error, "sum-over-count": theirs},
+        "max_error": errors,
     }
 
 
@@ -98,15 +157,8 @@ def pooling_backward_row(
     shape: tuple[int, int, int], dtype: torch.dtype, peers: Sequence[str], seconds: float
 ) -> dict[str, Any]:
     """Forward and the gradient of the hidden states, one input again and again."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-    mask, _ = _mask(shape, generator)
-    grad = torch.randn(shape[0], shape[2], generator=generator).to(dtype)
-    forms = _forms([peer for peer in peers if peer in ("sum-over-count", "bmm")])
-
-    def run(form: Callable[[Tensor, Tensor], Tensor], _: int) -> float:
-        return timed(lambda: torch.autograd.grad(form(hidden, mask), hidden, grad))
-
-    times = interleaved({name: partial(run, form) for name, form in forms.items()}, seconds, 30)
+    case = Case(shape, dtype, False, True, peers)
+    case.check()
+    times = interleaved({name: partial(case.run, name) for name in case.calls}, seconds, 30)
     return {"case": {**dict(zip(AXES, shape, strict=True)), "input": "warm"}, "dtype": str(dtype)[6:],
             "pass": "forward+backward", **compared(times)}  # fmt: skip
