@@ -57,8 +57,8 @@ class Kind:
 
 LIBRARIES = ("python", "torch", "transformers")
 KINDS = {
-    "calls": Kind("Python calls", 0.1, (*LIBRARIES, "isa")),
-    "ops": Kind("ops", 0.0, ("torch", "transformers", "isa")),
+    "calls": Kind("Python calls", 0.1, (*LIBRARIES, "native")),
+    "ops": Kind("ops", 0.0, ("torch", "transformers", "native")),
     "bytes": Kind("bytes allocated", 0.02, ("torch", "isa")),
     "layers": Kind("layers run", 0.0),
     "modules": Kind("modules", 0.1, ("python", "typer", "rich")),
@@ -78,12 +78,14 @@ class Figure:
 
 def environment() -> dict[str, str]:
     """What figures depend on."""
-    cpu = environment_report()["cpu"]
+    report = environment_report()
+    cpu = report["cpu"]
     return {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "torch": torch.__version__.split("+")[0],
         **{name: importlib.metadata.version(name) for name in ("transformers", "typer", "rich")},
-        "isa": str(cpu["isa_in_use"]),  # "None" without the native library
+        "native": "loaded" if report["native"]["loaded"] else "not loaded",
+        "isa": str(cpu["isa_in_use"]),
         "cpu": cpu["name"],
     }
 
@@ -218,19 +220,21 @@ def step_calls() -> dict[str, Callable[[], object]]:
         if "cached" in name:
             batch["taps"] = model.extract_taps(**inputs)
             model.backbone = None
-        calls[name] = partial(_step, model, batch)
+        calls[name] = _step(model, batch)
     return calls
 
 
-def _step(model: LeviModel, batch: dict[str, Tensor], state: dict[int, Any] = {}) -> None:  # noqa: B006 (a cache)
-    if id(model) not in state:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        state[id(model)] = (model, trained, torch.optim.AdamW(trained))
-    _, trained, optimizer = state[id(model)]
-    model(**batch).loss.backward()
-    clip_gradients(trained, 1e9)
-    optimizer.step()
-    optimizer.zero_grad()
+def _step(model: LeviModel, batch: dict[str, Tensor]) -> Callable[[], None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        clip_gradients(trained, 1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def calls_per_step_of_fit() -> float:

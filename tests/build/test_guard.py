@@ -16,7 +16,8 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="no benchmarks beside the tests")
-HERE = {"python": "3.11", "torch": "2.13.0", "transformers": "5", "typer": "1", "rich": "1", "isa": "a", "cpu": "one"}
+HERE = {"python": "3.11", "torch": "2.13.0", "transformers": "5", "typer": "1", "rich": "1", "native": "loaded",
+        "isa": "a", "cpu": "one"}  # fmt: skip
 
 
 @pytest.fixture
