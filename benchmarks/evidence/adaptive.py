@@ -204,7 +204,8 @@ def _layers_of(model: LeviModel, splits: Splits, blend: float) -> dict[str, np.n
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, by data set, training and rule."""
     summary: dict[str, Any] = {}
-    for entry in runs:
+    order = [variant.name for variant in (*TRAININGS, *PARTS)]
+    for entry in sorted(runs, key=lambda run: order.index(run["variant"])):
         of_data = summary.setdefault(entry["data"], {}).setdefault(entry["variant"], {})
         for rule, found in entry["rules"].items():
             seeds = of_data.setdefault(rule, {"blend": [], "ID": [], "OOD": []})

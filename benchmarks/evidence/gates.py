@@ -31,7 +31,10 @@ def stacked(held: Layers, labels: np.ndarray, kind: str) -> Combine:
     count = len(held.with_view)
 
     def loss(weights: np.ndarray) -> float:
-        return float(row_losses(np.tensordot(weights, every, 1), labels, kind).mean())
+        mixed = np.tensordot(weights, every, 1)
+        if kind != "single_label_classification":
+            return float(row_losses(mixed, labels, kind).mean())
+        return float(-log_softmax(mixed, -1)[np.arange(len(labels)), labels].mean())  # errors have no slope
 
     start = np.r_[np.full(count, 1 / count), np.zeros(count)]
     found = minimize(
