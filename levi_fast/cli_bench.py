@@ -110,6 +110,12 @@ def epoch(
     data: Annotated[
         str | None, typer.Option("--data", help="Folder or file of the task; synthetic needs none.")
     ] = None,
+    max_train_rows: Annotated[
+        int | None, typer.Option("--max-train-rows", min=1, help="To draw from movielens or amazon.")
+    ] = None,
+    max_eval_rows: Annotated[
+        int | None, typer.Option("--max-eval-rows", min=1, help="The same of validation rows.")
+    ] = None,
     backbone: BackboneOption = None,
     parts: Annotated[
         str,
@@ -135,7 +141,7 @@ def epoch(
 
     options = EpochOptions(
         task=task_name, data=data, backbone=backbone, parts=_names(parts) if parts else DEFAULT_PARTS, target=target,
-        seconds=seconds, sampled=batches, heads=heads,
+        seconds=seconds, sampled=batches, heads=heads, max_train_rows=max_train_rows, max_eval_rows=max_eval_rows,
     )  # fmt: skip
     prepare_libraries(num_threads)
     document = bench_epoch(options, output, _note)

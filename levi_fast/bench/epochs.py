@@ -33,8 +33,8 @@ NAMES = {
     "cold": "epoch: cache built first",
     "lean": "epoch: from the cache",
     "trainer": "epoch: from the cache, Trainer",
-    "separate": "heads: one by one from the cache",
-    "together": "heads: one sweep from the cache",
+    "separate": "heads: one by one",
+    "together": "heads: one sweep",
     "target-cold": "to target: cache built first",
     "target": "to target: from the cache",
     "target-lora": "to target: LoRA",
@@ -58,6 +58,7 @@ class EpochOptions:
             three rounds (cold epochs: one).
         sampled: batches that are timed with the backbone in the step.
         heads: of the sweep, up to sixteen.
+        max_train_rows, max_eval_rows: of data sets that have more than are drawn.
     """
 
     task: str = "synthetic"
@@ -68,6 +69,8 @@ class EpochOptions:
     seconds: float = 5.0
     sampled: int = 4
     heads: int = COUNT
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -107,7 +110,10 @@ def bench_epoch(
     if {"lora", "target-lora"} & set(options.parts) and importlib.util.find_spec("peft") is None:
         raise DataError("--parts lora needs peft: pip install 'levi_fast[lora]', or choose other parts")
     note(f"reading and encoding {options.task}")
-    workload = Workload.load(options.task, None if options.data is None else Path(options.data), options.backbone)
+    workload = Workload.load(
+        options.task, None if options.data is None else Path(options.data), options.backbone,
+        max_train_rows=options.max_train_rows, max_eval_rows=options.max_eval_rows,
+    )  # fmt: skip
     record = Record(output, asdict(options), keep=True)
     with tempfile.TemporaryDirectory(prefix="levi-fast-bench-") as name:
         measuring = _Epochs(workload, options, record, Path(name), note)
@@ -275,20 +281,24 @@ def epoch_tables(document: dict[str, Any]) -> list[Table]:
         title = f"{data}: {sizes['train']:,} training and {sizes['validation']:,} validation rows"
         table = Table(title=title, title_justify="left")
         table.add_column("what", min_width=max(map(len, NAMES.values())))
-        for name in ("seconds", "quartiles", "rounds", "cached epochs"):
+        for name in ("seconds", "quartiles", "rounds", "over cached"):
             table.add_column(name, justify="right")
         for row in own:
             what, seconds, (low, _, high) = row["case"]["what"], row["median_seconds"], row["quartiles_seconds"]
             said = remark(row)
             table.add_row(
                 f"{what}\n  {said}" if said else what,
-                f"{seconds:,.2f}",
-                f"{low:,.2f} {high:,.2f}" if row["rounds"] > 1 else "",
+                _short(seconds),
+                f"{_short(low)} {_short(high)}" if row["rounds"] > 1 else "",
                 str(row["rounds"]),
-                f"{seconds / cached:,.1f}" if cached and what.startswith("epoch") else "",
+                _short(seconds / cached) if cached and what.startswith("epoch") else "",
             )
         tables.append(table)
     return tables
+
+
+def _short(value: float) -> str:
+    return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def remark(row: dict[str, Any]) -> str:
@@ -297,7 +307,7 @@ def remark(row: dict[str, Any]) -> str:
         found = row["extrapolated_from"]
         return f"extrapolated by tokens from {found['timed_batches']} batches"
     if "heads" in row:
-        return f"{row['heads']} heads of {row['epochs_per_head']} epochs"
+        return f"{row['heads']} heads of {row['epochs_per_head']} epochs, from the cache"
     if "target" in row:
         target, missed = row["target"], row["reached"].count(False)
         text = f"{target['metric']} {target['value']:.4f} ({target['source']}), epochs {min(row['epochs'])}"

@@ -198,18 +198,22 @@ def growth_tables(document: Mapping[str, Any]) -> list[Table]:
     rows = document.get("growth", [])
     if not rows:
         return []
-    table = Table(title="growth: exponent of time over size (upper half of sizes), and fixed cost + cost per unit")
+    table = Table(title="growth: exponent over the upper half of sizes; fixed cost and cost per unit")
     table.title_justify = "left"
-    for name in ("what", "over"):
-        table.add_column(name)
-    for name in ("sizes", "exponent ± standard error", "fixed µs", "µs per unit", "line off by at most"):
+    table.add_column("what")
+    table.add_column("sizes")
+    for name in ("exponent", "fixed µs", "µs a unit", "off by"):
         table.add_column(name, justify="right")
     for row in rows:
+        sizes = f"{row['case']['variable']} {row['sizes'][0]:,} to {row['sizes'][-1]:,}"
         for peer, found in (("", row), *row["peers"].items()):
-            error = "" if found["exponent_stderr"] is None else f" ± {found['exponent_stderr']:.3f}"
+            error = "" if found["exponent_stderr"] is None else f" ± {found['exponent_stderr']:.2f}"
             table.add_row(
-                f"  {peer}" if peer else row["case"]["what"], row["case"]["variable"],
-                f"{row['sizes'][0]:,} to {row['sizes'][-1]:,}", f"{found['exponent']:.3f}{error}",
-                f"{found['fixed']:,.4g}", f"{found['per_unit']:,.4g}", f"{found['linear_fit_worst']:.0%}",
-            )  # fmt: skip
+                f"  {peer}" if peer else row["case"]["what"].replace("forward+backward", "f+b"),
+                "" if peer else sizes,
+                f"{found['exponent']:.2f}{error}",
+                f"{found['fixed']:,.3g}",
+                f"{found['per_unit']:,.3g}",
+                f"{found['linear_fit_worst']:.0%}",
+            )
     return [table]

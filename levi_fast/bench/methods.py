@@ -14,6 +14,7 @@ from levi_fast import LeviConfig, LeviModel, get_levi_model, reference, swap
 from levi_fast.bench.backbones import NUM_LABELS, Backbone
 from levi_fast.bench.errors import WrongResultError
 from levi_fast.bench.side_network import SideNetwork
+from levi_fast.errors import DataError
 from levi_fast.kernels import use_backend
 
 FLOOR, OURS = "frozen-forward", "levi"
@@ -266,9 +267,17 @@ def _side(backbone: nn.Module) -> Method:
 
 
 def lora_targets(backbone: nn.Module) -> list[str]:
-    """What this architecture calls its query and value projections."""
+    """What this architecture calls its query and value projections.
+
+    Raises:
+        DataError: none of the names that are known.
+    """
     names = {name.rsplit(".", 1)[-1] for name, _ in backbone.named_modules()}
-    return next(list(pair) for pair in QUERY_VALUE if names.issuperset(pair))
+    for pair in QUERY_VALUE:
+        if names.issuperset(pair):
+            return list(pair)
+    known = ", ".join(" and ".join(pair) for pair in QUERY_VALUE)
+    raise DataError(f"lora: expected modules named {known}; {type(backbone).__name__} has none of these pairs")
 
 
 def _lora(backbone: nn.Module) -> Method:

