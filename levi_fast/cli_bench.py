@@ -188,8 +188,8 @@ StepDtypeOption = Annotated[
 StepPeersOption = Annotated[
     str, typer.Option("--peers", help="Of levi-eager (LEVI without its kernels), hidden-states (LEVI written "
                       "straight out), linear-probe, side-network (ladder side-tuning), lora (r=8 on query and "
-                      "value), full (fine-tuning), or all, the default. The bare forward and levi are always there. "
-                      "What does not fit in memory is left out, and the row says why.")
+                      "value; needs peft), full (fine-tuning), or all, the default. The bare forward and levi are "
+                      "always there. What does not fit in memory is left out, and the row says why.")
 ]  # fmt: skip
 
 

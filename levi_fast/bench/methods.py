@@ -80,9 +80,6 @@ def build_methods(names: tuple[str, ...], backbone: nn.Module, spec: Backbone) -
         names: of :data:`METHODS`; LEVI's forms begin with equal weights of their own.
         backbone: in eval mode, in its dtype, on its device.
         spec: what it is.
-
-    Raises:
-        DataError: ``lora`` without peft.
     """
     backbone.requires_grad_(False)
     torch.manual_seed(0)

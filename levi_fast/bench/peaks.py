@@ -94,7 +94,7 @@ def memory_tables(document: dict[str, Any]) -> list[Table]:
                 table.add_row(shown, name, memory_cell(row, name))
                 shown = ""
             for name in row["skipped"]:
-                table.add_row(shown, name, "no room")
+                table.add_row(shown, name, "left out")
             table.add_section()
         tables.append(table)
     return tables

@@ -44,6 +44,8 @@ def scaling(document: Mapping[str, Any]) -> str | None:
         axes.set(xscale="log", yscale="log", title=title, xlabel=axis)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
     panels[0][0].set_ylabel("ms a step")
     legend(figure, panels[0])
     return svg_of(figure)
@@ -99,7 +101,11 @@ def _bars(rows: Rows, values: Sequence[Mapping[str, float]], label: str, form: s
     shown = [f"{case['backbone']}\n{case['batch']} x {case['length']}" for case in cases]
     axes.set_yticks(range(len(rows)), [f"{s}, {row['dtype']}" for s, row in zip(shown, rows, strict=True)])
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    if line is None:  # from tens to ten thousands of MiB; ratios begin at 0
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(False, axis="y")
+    axes.margins(x=0.1)
     axes.set_xlabel(label)
     legend(figure, [axes])
     return svg_of(figure)

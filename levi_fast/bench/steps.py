@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -114,13 +115,15 @@ def requirements(size: Size, spec: Backbone, batch: int, length: int, dtype: str
 
 
 def affordable(names: Sequence[str], needed: dict[str, int], free: int) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The contenders that fit together, in the order of :data:`METHODS`, and why each other one does not."""
+    """The contenders that can run together, in the order of :data:`METHODS`, and why each other one cannot."""
     kept, skipped, taken = [], {}, needed[FLOOR]
     for name in METHODS:
         more = needed.get(name, 0) if name != FLOOR else 0
         if name not in names:
             continue
-        if taken + more > free:
+        if name == "lora" and importlib.util.find_spec("peft") is None:
+            skipped[name] = "peft is not installed: pip install levi_fast[lora]"
+        elif taken + more > free:
             skipped[name] = (
                 f"needs about {more / GIB:.1f} GiB beside the others' {taken / GIB:.1f}, and {free / GIB:.1f} GiB "
                 "are free"
@@ -223,7 +226,7 @@ def step_tables(document: dict[str, Any]) -> list[Table]:
             table.add_row(case, name, *cells)
             case = ""
         for name in row["skipped"]:
-            table.add_row(case, name, "no room")
+            table.add_row(case, name, "left out")
         table.add_section()
     return [table]
 

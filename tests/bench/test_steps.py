@@ -199,6 +199,28 @@ def test_what_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert affordable((FLOOR, "full"), needed, 30 * GIB) == ((FLOOR, "full"), {})
 
 
+def test_a_contender_left_out_is_named_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
+    options = StepOptions(("tiny",), (2,), (8,), peers=("linear-probe", "lora"), seconds=0.001)
+    [row] = steps.bench_step(options, tmp_path / "steps.json")["step"]
+    assert set(row["median_us"]) == {FLOOR, OURS, "linear-probe"}
+    assert row["skipped"] == {"lora": "peft is not installed: pip install levi_fast[lora]"}
+
+
+def test_the_memory_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "in_own_process", lambda request: {"step": 2**20, "held": 2**21})
+    monkeypatch.setattr(peaks, "free_memory", lambda device: 100 * GIB)
+    output = tmp_path / "memory.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "memory", "--device", "cpu", "--parts", "step", "--peers", "full", "--backbone", "tiny,minilm",
+              "--output", str(output)])  # fmt: skip
+    assert ended.value.code == 0
+    rows = json.loads(output.read_text())["step"]
+    assert [row["case"]["backbone"] for row in rows] == ["tiny", "minilm"]
+    assert all(set(row["peak_memory"]) == {FLOOR, OURS, "full"} for row in rows)
+    assert "2.0 + 1.0" in capsys.readouterr().out
+
+
 def test_published_sizes() -> None:
     millions = {name: BACKBONES[name].size().parameters / 1e6 for name in backbones.DEFAULT}
     published = {"minilm": 22.6, "bert-base": 108.9, "vit-b16": 85.8, "t5-base": 109.6, "llama-1b": 1235.8}
