@@ -9,6 +9,7 @@ from typing import Any
 from pages import RESULTS, read, row
 from targets import targets
 
+from levi_fast.bench.epochs import remark
 from levi_fast.bench.plots import CHARTS
 from levi_fast.storage import write_atomic
 
@@ -65,6 +66,75 @@ def overhead(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def steps(document: Mapping[str, Any]) -> str:
+    """Training steps: time and memory of every method, beside the bare frozen forward."""
+    lines = [
+        row(["backbone, batch × length", "method", "ms", "over the bare forward", "trained", "held + step, MiB"])
+    ]
+    lines.append(row(["---", "---", *["---:"] * 4]))
+    for found in document["step"]:
+        case = found["case"]
+        title = f"{case['backbone']}, {case['batch']} x {case['length']}, {found['dtype']}"
+        for name in (*found["median_us"], *found["skipped"]):
+            if name in found["skipped"]:
+                cells = ["no room", "", "", ""]
+            else:
+                peak = found.get("peak_memory", {}).get(name)
+                cells = [f"{found['median_us'][name] / 1e3:,.1f}", f"{found['over_forward'][name]:.2f}",
+                         f"{found['trained_parameters'][name]:,}",
+                         f"{peak['held_mib']:,.0f} + {peak['step_mib']:,.0f}" if peak else ""]  # fmt: skip
+            lines.append(row([title, name, *cells]))
+            title = ""
+    return "\n".join(lines)
+
+
+def memory(document: Mapping[str, Any]) -> str:
+    """A forward's peak memory by depth and taps."""
+    found = document["forward"]
+    lines = [row(["layers", "forward", "peak, MiB", "beyond the bare one"]), row(["---:", "---", "---:", "---:"])]
+    for own in found["rows"]:
+        what = f"{own['forward']} taps, pooled" if own["forward"].isdecimal() else own["forward"].replace("_", " ")
+        lines.append(row([str(own["layers"]), what, f"{own['peak_mib']:.1f}", f"{own['beyond_bare_mib']:+.1f}"]))
+    return "\n".join(lines)
+
+
+def epochs(document: Mapping[str, Any]) -> str:
+    """Epochs and times to a target, by data set."""
+    lines = [row(["data", "what", "seconds", "rounds", ""]), row(["---", "---", "---:", "---:", "---"])]
+    for found in document["epoch"]:
+        cells = [
+            found["case"]["data"],
+            found["case"]["what"],
+            f"{found['median_seconds']:,.2f}",
+            str(found["rounds"]),
+        ]
+        lines.append(row([*cells, remark(found)]))
+    return "\n".join(lines)
+
+
+def growth(document: Mapping[str, Any]) -> str:
+    """Fits of time over size."""
+    lines = [row(["what", "over", "sizes", "exponent", "fixed, µs", "µs per unit"])]
+    lines.append(row(["---", "---", "---", "---:", "---:", "---:"]))
+    for found in document["growth"]:
+        error = found["exponent_stderr"]
+        shown = f"{found['exponent']:.2f}" + ("" if error is None else f" ± {error:.2f}")
+        sizes = f"{found['sizes'][0]:,} to {found['sizes'][-1]:,}"
+        cells = [found["case"]["what"], found["case"]["variable"], sizes, shown]
+        lines.append(row([*cells, f"{found['fixed']:,.4g}", f"{found['per_unit']:,.4g}"]))
+    return "\n".join(lines)
+
+
+def package(document: Mapping[str, Any]) -> str:
+    """Import times in fresh interpreters, sizes, and the build."""
+    lines = [row(["", "", "rounds"]), row(["---", "---:", "---:"])]
+    for name, found in document["imports"]["statements"].items():
+        lines.append(row([f"import: {name}", f"{found['seconds']['median']:.3f} s", str(found["rounds"])]))
+    asked = document["help"]
+    lines.append(row(["`levi-fast --help`", f"{asked['seconds']['median']:.3f} s", str(asked["rounds"])]))
+    return "\n".join(lines)
+
+
 def goals(state: str = "") -> str:
     """Every target, its figure, and whether it is met; what misses it below. ``state``: met, missed or unmeasured."""
     wanted = {"": (True, False, None), "met": (True,), "missed": (False,), "unmeasured": (None,)}[state]
@@ -82,6 +152,11 @@ MAKERS: dict[str, Callable[..., str]] = {
     "kernels": kernels,
     "pooling": pooling,
     "overhead": overhead,
+    "steps": steps,
+    "memory": memory,
+    "epochs": epochs,
+    "growth": growth,
+    "package": package,
     "targets": goals,
 }
 

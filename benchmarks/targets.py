@@ -230,8 +230,8 @@ def heads(document: Row) -> list[Target]:
 
 def package(document: Row) -> list[Target]:
     """What having the package costs; ``levi-fast bench package``."""
-    measured = document.get("imports", [])
-    rows = [(name_of(row), row["ratio"]) for row in measured if "ratio" in row]
+    found = document.get("imports", {}).get("ratios", {}).get("levi_fast_beside_torch_and_transformers")
+    rows = [("import", found["median"])] if found else []
     goal = "importing levi_fast beside torch and transformers: at most 1.15 times these alone"
     return [judged("package", goal, "package_cpu.json", rows, 1.15, at_most=True)]
 
