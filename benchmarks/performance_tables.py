@@ -69,7 +69,7 @@ def overhead(document: Mapping[str, Any]) -> str:
 def steps(document: Mapping[str, Any]) -> str:
     """Training steps: time and memory of every method, beside the bare frozen forward."""
     lines = [
-        row(["backbone, batch × length", "method", "ms", "over the bare forward", "trained", "held + step, MiB"])
+        row(["backbone, batch x length", "method", "ms", "over the bare forward", "trained", "held + step, MiB"])
     ]
     lines.append(row(["---", "---", *["---:"] * 4]))
     for found in document["step"]:
