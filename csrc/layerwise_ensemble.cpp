@@ -191,10 +191,14 @@ struct Inputs {
 };
 
 int64_t rows_for(const EnsembleKernels& kernels, const Inputs& in, int64_t threads) {
-  // Fewer rows than the cache would hold where threads would be left without a task.
+  // Fewer rows than the cache would hold where threads would be left without a task; and equal shares, up to a quarter
+  // more than it would hold: every block of rows reads and packs all of a layer's weights, a block of four rows too.
   const int64_t wanted = (threads + in.args.layers - 1) / in.args.layers;
   const int64_t share = (in.args.batch + wanted - 1) / wanted;
-  return std::max<int64_t>(1, std::min(kernels.rows_per_task(in.widest, in.args.first), std::max<int64_t>(share, 8)));
+  const int64_t most = kernels.rows_per_task(in.widest, in.args.first) * 5 / 4;
+  const int64_t blocks = (in.args.batch + most - 1) / most;
+  const int64_t rows = (in.args.batch + blocks - 1) / blocks;
+  return std::max<int64_t>(1, std::min(rows, std::max<int64_t>(share, 8)));
 }
 
 const EnsembleKernels& kernels_for(const Tensor& tensor) {

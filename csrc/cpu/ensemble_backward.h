@@ -102,8 +102,14 @@ inline const Work<T>* tap_side(const EnsembleBackward& args) {
 template <class From, class T>
 inline void write_rows(const From* from, int64_t row_from, int64_t rows, int64_t n, T* to, int64_t row_to) {
   for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t k = 0; k < n; k += kLanes) {
-      store_upto(load(from + m * row_from + k), to + m * row_to + k, n - k);
+    const From* x = from + m * row_from;
+    T* y = to + m * row_to;
+    int64_t k = 0;
+    for (; k + 2 * kLanes <= n; k += 2 * kLanes) {
+      store_two(load(x + k), load(x + k + kLanes), y + k);
+    }
+    for (; k < n; k += kLanes) {
+      store_upto(load(x + k), y + k, n - k);
     }
   }
 }
@@ -156,6 +162,9 @@ void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* co
       const W* right = d[side] + b * padded;
       const Out mode = more ? Out::kAdd : past && direct ? Out::kStream : Out::kSet;
       fill(side, b, count, left);
+      const int64_t panels = (columns + kWide - 1) / kWide, steps = (rows + kRows - 1) / kRows * ((count + 1) / 2);
+      const int64_t next = smaller(kChunk, in.batch - b - count) * padded * static_cast<int64_t>(sizeof(W));
+      Ahead ahead = plan(kAsPairs, right + count * padded, next, panels * steps);
       if constexpr (kAsPairs) {
         pack_pairs_flat(left, kWeightRows, count, reinterpret_cast<uint32_t*>(pairs_left));
       }
@@ -166,7 +175,8 @@ void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* co
           uint32_t* pairs = reinterpret_cast<uint32_t*>(panel);
           pack_pairs(right + j, padded, width, count, pairs);
           product_rows<uint32_t>(reinterpret_cast<uint32_t*>(pairs_left), 1, kWeightRows, rows, pairs, width, to,
-                                 row_sums, width, (count + 1) / 2, mode);
+                                 row_sums, width, (count + 1) / 2, mode, ahead);
+          ahead = after(ahead, steps);
         } else {
           const bool few = count <= 8;  // not worth a copy
           if (!few) {
@@ -298,6 +308,13 @@ void backward_sums(const EnsembleBackward& args, GradTask task, int64_t layer, i
       const Moments* m = reinterpret_cast<const Moments*>(args.moments) + offset;
       const auto fill = [&](int, int64_t b, int64_t count, W* to) {
         for (int64_t i = 0; i < count; ++i) {
+          constexpr int64_t kSoon = 12;  // rows; pieces of them, far apart: the hardware does not foresee the next one
+          if (b + i + kSoon < in.batch) {
+            const T* next = tap + (b + i + kSoon) * in.tap_strides[layer] + begin;
+            for (int64_t at = 0; at < rows; at += kLineBytes / static_cast<int64_t>(sizeof(T))) {
+              __builtin_prefetch(next + at, 0, 2);  // into L2: in L1, rows a power of two apart would push one another out
+            }
+          }
           normalised(tap + (b + i) * in.tap_strides[layer] + begin, rows,
                      in.normalize ? m[b + i] : Moments{0.0f, 1.0f}, to + i * kWeightRows, kWeightRows);
         }

@@ -28,8 +28,10 @@ inline int64_t padded_width(int64_t n) { return round_up(n, kWide) + kLanes; }
 
 // Rows of the batch per task: what a task works on should stay in half an L2 cache of 1 MiB, as two hardware threads may
 // share it.
+template <class T>
 inline int64_t rows_per_task(int64_t widest, int64_t first) {
-  const int64_t rows = (int64_t{1} << 17) / (padded_width(widest) + 2 * padded_width(first));
+  constexpr int64_t kBytes = int64_t{1} << 19, kWork = sizeof(Work<T>), kSum = sizeof(float);
+  const int64_t rows = kBytes / (kWork * (padded_width(widest) + padded_width(first)) + kSum * padded_width(first));
   return rows < 2 * kRows ? 2 * kRows : rows > 16 * kRows ? 16 * kRows : rows / kRows * kRows;
 }
 
@@ -52,12 +54,46 @@ struct Moments {
 
 constexpr float kEpsilon = 1e-5f;  // torch.nn.functional.layer_norm's default
 
+#if defined(LEVI_FAST_BF16_DOT)
+// Sum and sum of squares in one pass of dot products. False where their difference would cancel (or is not a number).
+inline bool moments_of_pairs(const bf16* row, int64_t n, float* mean, float* variance) {
+  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  __m512 sums[4] = {}, squares[4] = {};
+  const auto add = [&](int i, __m512i x) {
+    sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)x, ones);
+    squares[i] = _mm512_dpbf16_ps(squares[i], (__m512bh)x, (__m512bh)x);
+  };
+  int64_t k = 0;
+  for (; k + 8 * kLanes <= n; k += 8 * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      add(i, _mm512_loadu_si512(row + k + 2 * i * kLanes));
+    }
+  }
+  for (; k < n; k += 2 * kLanes) {
+    add(0, load_columns(row + k, n - k));
+  }
+  const float count = static_cast<float>(n);
+  *mean = sum((Vf)((sums[0] + sums[1]) + (sums[2] + sums[3]))) / count;
+  *variance = sum((Vf)((squares[0] + squares[1]) + (squares[2] + squares[3]))) / count - *mean * *mean;
+  return *variance * 16.0f > *mean * *mean;
+}
+#endif
+
 // Two passes over a row that is in L1 after the first: no cancellation. The order of additions depends on n alone.
 template <class T>
 inline Moments moments(const T* row, int64_t n) {
   if (n == 0) {
     return {0.0f, 1.0f};
   }
+#if defined(LEVI_FAST_BF16_DOT)
+  if constexpr (kSame<T, bf16>) {
+    float centre, spread;
+    if (moments_of_pairs(row, n, &centre, &spread)) {
+      return {centre, 1.0f / __builtin_sqrtf(spread + kEpsilon)};
+    }
+  }
+#endif
   Vf parts[4] = {};
   int64_t k = 0;
   for (; k + 4 * kLanes <= n; k += 4 * kLanes) {
@@ -89,6 +125,9 @@ inline Moments moments(const T* row, int64_t n) {
 template <class T, class To>
 inline void normalised(const T* row, int64_t n, Moments m, To* to, int64_t padded) {
   int64_t k = 0;
+  for (; k + 2 * kLanes <= n; k += 2 * kLanes) {
+    store_two((load(row + k) - m.mean) * m.scale, (load(row + k + kLanes) - m.mean) * m.scale, to + k);
+  }
   for (; k < n; k += kLanes) {
     Vf value = (load_upto(row + k, n - k) - m.mean) * m.scale;
     value = n - k < kLanes ? (lanes_below(n - k) ? value : Vf{}) : value;

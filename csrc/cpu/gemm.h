@@ -176,7 +176,7 @@ inline Ahead plan(bool far, const void* next, int64_t bytes, int64_t steps) {
 }
 
 // Floats of packing space that `product` asks for.
-inline int64_t packing_space(int64_t n) { return kDepth * round_up(n, kWide); }
+inline int64_t packing_space(int64_t n) { return (kDepth + 1) * round_up(n, kWide); }
 
 // C[rows, round_up(n, kLanes)] (+)= A B; the columns past n become zero (or keep what `add` finds there). A's elements
 // lie next to one another along k. With `far`, B comes from memory and its next rows are asked for while these multiply.
@@ -206,17 +206,18 @@ void product(const float* a, int64_t row_a, int64_t rows, const T* b, int64_t ro
     }
     for (int64_t k = 0; k < count; ++k) {
       for (int64_t j = 0; j < padded; j += kLanes) {
-        // Panel after panel of two vectors' width; a last odd vector makes a panel of one.
+        // Panel after panel of two vectors' width, a row apart: a power-of-two distance would map all panels to the same
+        // few sets of the L1 cache. A last odd vector makes a panel of one.
         const int64_t panel = j / kWide * kWide;
         const int64_t width = smaller(kWide, padded - panel);
-        store(load_upto(from + k * row_b + j, n - j), packing + panel * count + k * width + (j - panel));
+        store(load_upto(from + k * row_b + j, n - j), packing + panel * (count + 1) + k * width + (j - panel));
       }
     }
     const int64_t panels = (padded + kWide - 1) / kWide;
     Ahead ahead = plan(far, from + count * row_b, bytes, panels * groups * count);
     for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, groups * count)) {
       const int64_t width = smaller(kWide, padded - j);
-      product_rows(a + start, row_a, 1, rows, packing + j * count, width, c + j, row_c, width, count, out, ahead);
+      product_rows(a + start, row_a, 1, rows, packing + j * (count + 1), width, c + j, row_c, width, count, out, ahead);
     }
   }
 }

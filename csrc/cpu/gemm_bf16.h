@@ -47,7 +47,7 @@ inline void pair_rows(const bf16* even, const bf16* odd, int64_t left, uint32_t*
 #endif
 }
 
-// Rows [0, count) of B, columns [0, n), as panels of pairs: panel j / kWide at packing + j * pairs.
+// Rows [0, count) of B, columns [0, n), as panels of pairs: panel j / kWide at packing + j * (pairs + 1).
 inline void pack_pairs(const bf16* b, int64_t row_b, int64_t n, int64_t count, uint32_t* packing) {
   const int64_t padded = round_up(n, kLanes), pairs = (count + 1) / 2;
   for (int64_t k = 0; k < pairs; ++k) {
@@ -55,7 +55,7 @@ inline void pack_pairs(const bf16* b, int64_t row_b, int64_t n, int64_t count, u
     const bf16* odd = 2 * k + 1 < count ? even + row_b : nullptr;
     for (int64_t j = 0; j < padded; j += kWide) {
       const int64_t width = smaller(kWide, padded - j);
-      pair_rows(even + j, odd == nullptr ? nullptr : odd + j, n - j, packing + j * pairs + k * width, width);
+      pair_rows(even + j, odd == nullptr ? nullptr : odd + j, n - j, packing + j * (pairs + 1) + k * width, width);
     }
   }
 }
@@ -132,7 +132,7 @@ inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, i
     Ahead ahead = plan(far, from + count * row_b, smaller(slice, depth - start - count) * n * 2, panel_count * steps);
     for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, steps)) {
       const int64_t width = smaller(kWide, padded - j);
-      product_rows<uint32_t>(x, row_a / 2, 1, rows, panels + j * pairs, width, c + j, row_c, width, pairs,
+      product_rows<uint32_t>(x, row_a / 2, 1, rows, panels + j * (pairs + 1), width, c + j, row_c, width, pairs,
                              more ? Out::kAdd : Out::kSet, ahead);
     }
   }

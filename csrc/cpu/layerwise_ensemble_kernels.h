@@ -9,7 +9,7 @@ namespace {
 
 template <class T>
 constexpr EnsembleKernels ensemble_entry() {
-  return {sizeof(Work<T>),  &padded_width, &rows_per_task,     &ensemble_scratch,  &view_rows<T>,
+  return {sizeof(Work<T>),  &padded_width, &rows_per_task<T>,    &ensemble_scratch,  &view_rows<T>,
           &forward_rows<T>, &mixing<T>, &backward_rows<T>, &backward_sums<T>};
 }
 

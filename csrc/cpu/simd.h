@@ -39,9 +39,13 @@ inline Vf load(const float* p) {
 }
 
 inline Vf load(const bf16* p) {
+#if defined(LEVI_FAST_ISA_AVX512)  // GCC widens a vector of 16 in two halves
+  return (Vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#else
   Vh raw;
   __builtin_memcpy(&raw, p, sizeof(raw));
   return (Vf)(__builtin_convertvector(raw, Vu) << 16);
+#endif
 }
 
 inline Vf load(const f16* p) {
@@ -113,9 +117,28 @@ inline void store(Vf v, f16* p) {
 #endif
 }
 
+// Two vectors side by side.
+template <class T>
+inline void store_two(Vf v, Vf next, T* p) {
+#if defined(LEVI_FAST_BF16_DOT)
+  if constexpr (kSame<T, bf16>) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)v));
+    return;
+  }
+#endif
+  store(v, p);
+  store(next, p + kLanes);
+}
+
 // Two vectors side by side in a 16-bit dtype: one whole line.
 template <class T>
 inline void store_past(Vf v, Vf next, T* p) {
+#if defined(LEVI_FAST_BF16_DOT)
+  if constexpr (kSame<T, bf16>) {  // in one register: halves put together in memory cannot be forwarded to the whole
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)v));
+    return;
+  }
+#endif
 #if defined(LEVI_FAST_ISA_AVX512)
   T both[2 * kLanes];
   store(v, both);

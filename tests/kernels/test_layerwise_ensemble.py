@@ -114,6 +114,32 @@ def small(dtype=torch.float32, **changes):
     return {**case, **changes}
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_rows_than_one_block_holds(dtype):
+    compare(small(dtype, widths=[300, 300], hidden_width=130, batch=301, stacked=True))
+
+
+@needs_native
+@pytest.mark.parametrize(("offset", "scale"), [(3, 1), (30, 1), (2**14, 256), (0, 0), (5, 0)])
+def test_rows_far_from_zero_keep_their_variance(offset, scale):
+    """A mean of squares less a squared mean would cancel; rows of one value have none at all."""
+    taps = (torch.randn(2, 6, 500) * scale + offset).bfloat16()
+    weight = torch.randn(1000, 8) / 500**0.5
+    bias = torch.zeros(2, 8)
+
+    def logits(dtype, run):
+        tensors = [t.to(dtype) for t in (weight, bias)]
+        return run([taps.to(dtype)], None, None, tensors[0], None, tensors[1], None, None, None, None, 0, True, 0.0,
+                   False)[1]  # fmt: skip
+
+    weight = weight.bfloat16().float()
+    exact = logits(torch.float64, ensemble_op._run_eager)
+    plain = (logits(torch.bfloat16, ensemble_op._run_eager).double() - exact).norm()
+    ours = (logits(torch.bfloat16, ensemble_op._run_op).double() - exact).norm()
+    assert ours <= 2 * plain + 1e-3 * exact.norm() + 1e-6
+
+
 def test_gradcheck_of_the_eager_twin_in_fp64():
     case = small(torch.float64)
     model, taps, view, view_keep, hidden_keep = build(case)
