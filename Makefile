@@ -107,6 +107,8 @@ MOVIELENS ?=
 bench: $(STAMP)  ## the CPU's part of the benchmarks, under 30 minutes on two idle cores; JSON and charts
 	$(BENCH) kernels --device cpu --peers all --output $(BENCH_OUT)/kernels_cpu.json --plots $(BENCH_PLOTS)
 	$(BENCH) step --device cpu --output $(BENCH_OUT)/steps_cpu.json --plots $(BENCH_PLOTS)
+	$(BENCH) step --device cpu --backbone minilm,bert-base --batch-size 2,16 --length 32,128 \
+		--peers hidden-states,lora --output $(BENCH_OUT)/steps_cpu.json --plots $(BENCH_PLOTS)
 	$(BENCH) memory --device cpu --output $(BENCH_OUT)/memory_cpu.json --plots $(BENCH_PLOTS)
 	$(BENCH) growth --output $(BENCH_OUT)/growth_cpu.json --plots $(BENCH_PLOTS)
 	$(BENCH) epoch --output $(BENCH_OUT)/epochs_cpu.json --plots $(BENCH_PLOTS)

@@ -76,7 +76,7 @@ def compare(measured: Mapping[str, Figure], here: Mapping[str, str], baseline: M
             reason = "; ".join(f"{part} {here[part]} here, {there[part]} in the baseline" for part in changed)
         elif figure.value > old["value"] * (1 + tolerance):
             status = "regressed"
-        elif figure.value < old["value"] * (1 - (tolerance if figure.kind == "ratio" else 0)):
+        elif figure.value < old["value"] / (1 + (tolerance if figure.kind == "ratio" else 0)):
             status = "better"
         else:
             status = "ok"

@@ -64,7 +64,7 @@ KINDS = {
     "modules": Kind("modules", 0.1, ("python", "typer", "rich")),
     "heavy": Kind("modules of torch, numpy and the like", 0.0),
     "folder": Kind("bytes on disk", 0.02, ("transformers",)),
-    "ratio": Kind("of eager's time", 0.4, ("torch", "isa"), elsewhere=1.0),
+    "ratio": Kind("of eager's time", 0.75, ("torch", "isa"), elsewhere=1.5),
 }
 
 

@@ -66,20 +66,25 @@ def overhead(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def steps(document: Mapping[str, Any]) -> str:
-    """Training steps: time and memory of every method, beside the bare frozen forward."""
-    lines = [
-        row(["backbone, batch x length", "method", "ms", "over the bare forward", "trained", "held + step, MiB"])
-    ]
-    lines.append(row(["---", "---", *["---:"] * 4]))
+def steps(document: Mapping[str, Any], memory_of: str = "") -> str:
+    """Training steps: time and memory of every method, beside the bare frozen forward.
+
+    Args:
+        document: of ``levi-fast bench step``.
+        memory_of: the results file of ``levi-fast bench memory``, for the peaks of the same cases.
+    """
+    measured = read(memory_of).get("step", []) if memory_of else []
+    peaks = {(str(found["case"]), found["dtype"]): found["peak_memory"] for found in measured}
+    head = ["backbone, batch x length", "method", "ms", "over the bare forward", "trained", "held + step, MiB"]
+    lines = [row(head), row(["---", "---", *["---:"] * 4])]
     for found in document["step"]:
         case = found["case"]
         title = f"{case['backbone']}, {case['batch']} x {case['length']}, {found['dtype']}"
+        own = peaks.get((str(case), found["dtype"]), {})
         for name in (*found["median_us"], *found["skipped"]):
-            if name in found["skipped"]:
-                cells = ["no room", "", "", ""]
-            else:
-                peak = found.get("peak_memory", {}).get(name)
+            cells = ["no room", "", "", ""]
+            if name not in found["skipped"]:
+                peak = own.get(name)
                 cells = [f"{found['median_us'][name] / 1e3:,.1f}", f"{found['over_forward'][name]:.2f}",
                          f"{found['trained_parameters'][name]:,}",
                          f"{peak['held_mib']:,.0f} + {peak['step_mib']:,.0f}" if peak else ""]  # fmt: skip
@@ -90,11 +95,13 @@ def steps(document: Mapping[str, Any]) -> str:
 
 def memory(document: Mapping[str, Any]) -> str:
     """A forward's peak memory by depth and taps."""
-    found = document["forward"]
     lines = [row(["layers", "forward", "peak, MiB", "beyond the bare one"]), row(["---:", "---", "---:", "---:"])]
-    for own in found["rows"]:
-        what = f"{own['forward']} taps, pooled" if own["forward"].isdecimal() else own["forward"].replace("_", " ")
-        lines.append(row([str(own["layers"]), what, f"{own['peak_mib']:.1f}", f"{own['beyond_bare_mib']:+.1f}"]))
+    for own in document["forward"]:
+        what = own["case"]["forward"]
+        what = f"{what} taps, pooled" if what.isdecimal() else f"`{what}`" if "_" in what else what
+        lines.append(
+            row([str(own["case"]["layers"]), what, f"{own['peak_mib']:.1f}", f"{own['beyond_bare_mib']:+.1f}"])
+        )
     return "\n".join(lines)
 
 

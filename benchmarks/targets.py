@@ -51,10 +51,16 @@ def judged(
         return Target(group, goal, "not measured", None, (), source)
     missed = [(name, value) for name, value in found if (value > bound if at_most else value < bound)]
     worst = (max if at_most else min)(found, key=lambda row: row[1])
-    figure = (
-        f"{worst[1]:.2f}" if len(found) == 1 else f"{len(found) - len(missed)} of {len(found)}; worst {worst[1]:.2f}"
+    figure = _shown(worst[1])
+    if len(found) > 1:
+        figure = f"{len(found) - len(missed)} of {len(found)}; worst {figure}"
+    return Target(
+        group, goal, figure, not missed, tuple(f"{name}: {_shown(value)}" for name, value in missed), source
     )
-    return Target(group, goal, figure, not missed, tuple(f"{name}: {value:.2f}" for name, value in missed), source)
+
+
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.0f}"
 
 
 def targets(results: Path) -> list[Target]:

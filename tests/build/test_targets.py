@@ -40,8 +40,8 @@ def test_rows_of_the_cpu(targets: Any) -> None:
     rows = [ensemble_row("float32", 10.0, 20.0), ensemble_row("bfloat16", 10.0, 9.0)]
     found = targets.kernels_on_cpu({"ensemble": rows})
     slow = by_goal(found, "ensemble: no row below 0.98")
-    assert slow.met is False and slow.missed == ("(2, 8) bfloat16 forward+backward: 0.90",)
-    assert by_goal(found, "forward + backward under 0.1 GFLOP: 2.5").figure == "1 of 2; worst 1.80"
+    assert slow.met is False and slow.missed == ("(2, 8) bfloat16 forward+backward: 0.900",)
+    assert by_goal(found, "forward + backward under 0.1 GFLOP: 2.5").figure == "1 of 2; worst 1.800"
     assert by_goal(found, "large, fp32").met is None and by_goal(found, "pooling in cache").met is None
     large = [ensemble_row("float32", 20.0, 20.0, 1.0), ensemble_row("bfloat16", 10.0, 20.0, 1.0)]
     found = targets.kernels_on_cpu({"ensemble": large})

@@ -121,11 +121,17 @@ def test_more_rows_than_one_block_holds(dtype):
 
 
 @needs_native
-@pytest.mark.parametrize(("offset", "scale"), [(3, 1), (30, 1), (2**14, 256), (0, 0), (5, 0)])
-def test_rows_far_from_zero_keep_their_variance(offset, scale):
+@pytest.mark.parametrize(
+    "values", [(3, 1), (30, 1), (2**14, 256), (0, 0), (5, 0), "one step of bfloat16"], ids=lambda v: str(v)
+)
+def test_rows_far_from_zero_keep_their_variance(values):
     """A mean of squares less a squared mean would cancel; rows of one value have none at all."""
-    taps = (torch.randn(2, 6, 500) * scale + offset).bfloat16()
-    weight = torch.randn(1000, 8) / 500**0.5
+    if values == "one step of bfloat16":  # a millionth of the squared mean: less than the squares' sum is rounded by
+        taps = (1032 + 8 * (torch.rand(2, 3, 2**16) < 1 / 64)).bfloat16()
+    else:
+        taps = (torch.randn(2, 6, 500) * values[1] + values[0]).bfloat16()
+    width = taps.shape[2]
+    weight = (torch.randn(2 * width, 8) / width**0.5).bfloat16().float()
     bias = torch.zeros(2, 8)
 
     def logits(dtype, run):
@@ -133,7 +139,6 @@ def test_rows_far_from_zero_keep_their_variance(offset, scale):
         return run([taps.to(dtype)], None, None, tensors[0], None, tensors[1], None, None, None, None, 0, True, 0.0,
                    False)[1]  # fmt: skip
 
-    weight = weight.bfloat16().float()
     exact = logits(torch.float64, ensemble_op._run_eager)
     plain = (logits(torch.bfloat16, ensemble_op._run_eager).double() - exact).norm()
     ours = (logits(torch.bfloat16, ensemble_op._run_op).double() - exact).norm()
