@@ -9,11 +9,17 @@ from levi_fast.bench.methods import FLOOR, METHODS
 from levi_fast.report.charts import COLOURS, MARKERS
 
 Rows = Sequence[Mapping[str, Any]]
+PANELS_ACROSS = 4
 
 
 def over_forward(document: Mapping[str, Any]) -> str | None:
-    """A step of every method over the bare forward, a group of bars per case."""
-    rows = document.get("step", [])
+    """A step of every method over the bare forward, a group of bars per backbone: its case with the most methods."""
+    most: dict[str, Mapping[str, Any]] = {}
+    for row in document.get("step", []):
+        known = most.setdefault(row["case"]["backbone"], row)
+        if len(row["over_forward"]) > len(known["over_forward"]):
+            most[row["case"]["backbone"]] = row
+    rows = list(most.values())
     values = [{name: value for name, value in row["over_forward"].items() if name != FLOOR} for row in rows]
     return _bars(rows, values, "time of a step over the bare forward", "{:.2f}", line=1)
 
@@ -33,8 +39,13 @@ def scaling(document: Mapping[str, Any]) -> str | None:
     if not sweeps:
         return None
     plt = pyplot()
-    figure, panels = plt.subplots(1, len(sweeps), figsize=(0.8 + 2.8 * len(sweeps), 2.8), squeeze=False)
-    for axes, (axis, title, own) in zip(panels[0], sweeps, strict=True):
+    across_page = min(len(sweeps), PANELS_ACROSS)
+    down = -(-len(sweeps) // across_page)
+    size = (0.8 + 2.8 * across_page, 0.3 + 2.6 * down)
+    figure, panels = plt.subplots(down, across_page, figsize=size, squeeze=False, layout="constrained")
+    for axes in panels.flat[len(sweeps) :]:
+        axes.set_visible(False)
+    for axes, (axis, title, own) in zip(panels.flat, sweeps, strict=False):
         for place, name in enumerate(METHODS):
             points = [(r["case"][axis], r["median_us"][name] / 1e3) for r in own if name in r["median_us"]]
             if points:
@@ -46,7 +57,8 @@ def scaling(document: Mapping[str, Any]) -> str | None:
         axes.minorticks_off()
         axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
-    panels[0][0].set_ylabel("ms a step")
+    for first in panels[:, 0]:
+        first.set_ylabel("ms a step")
     legend(figure, panels[0])
     return svg_of(figure)
 
