@@ -139,6 +139,13 @@ def package(document: Mapping[str, Any]) -> str:
         lines.append(row([f"import: {name}", f"{found['seconds']['median']:.3f} s", str(found["rounds"])]))
     asked = document["help"]
     lines.append(row(["`levi-fast --help`", f"{asked['seconds']['median']:.3f} s", str(asked["rounds"])]))
+    sizes = {"installed files": document["sizes"]["package_bytes"]}
+    if "build" in document:
+        built = document["build"]
+        jobs, seconds = built["jobs"], built["native_build_seconds"]
+        lines.append(row([f"building the native library, {jobs} jobs", f"{seconds:.1f} s", "1"]))
+        sizes["wheel"] = built["wheel_bytes"]
+    lines += [row([name, f"{size / 1e6:.2f} MB", ""]) for name, size in sizes.items()]
     return "\n".join(lines)
 
 

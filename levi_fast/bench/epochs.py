@@ -114,7 +114,8 @@ def bench_epoch(
         options.task, None if options.data is None else Path(options.data), options.backbone,
         max_train_rows=options.max_train_rows, max_eval_rows=options.max_eval_rows,
     )  # fmt: skip
-    record = Record(output, asdict(options), keep=True)
+    folder = None if options.data is None else Path(options.data).name  # a result is shown to others: no path
+    record = Record(output, {**asdict(options), "data": folder}, keep=True)
     with tempfile.TemporaryDirectory(prefix="levi-fast-bench-") as name:
         measuring = _Epochs(workload, options, record, Path(name), note)
         for part, measure in (

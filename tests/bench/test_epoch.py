@@ -127,6 +127,7 @@ def test_ratings_of_movielens(bench: Run, tiny_bert_dir: str, shared_data: Path,
     )
     assert status == 0, err
     warm, cold = json.loads(output.read_text())["epoch"]
+    assert str(shared_data) not in output.read_text()  # results are shown to others
     assert warm["sizes"] == {"train": 60, "validation": 30} and warm["case"]["data"] == "movielens"
     assert warm["target"]["metric"] == "rmse" and warm["target"]["source"].startswith("linear probe")
     for reached, score in zip(warm["reached"], warm["scores"], strict=True):
