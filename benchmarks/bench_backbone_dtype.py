@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tasks import machine
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, load_backbone, load_tokenizer
+from levi_fast.bench.record import facts
 from levi_fast.bench.workload import load_task
 from levi_fast.quantization import BACKBONE_DTYPES
 from levi_fast.storage import write_atomic
@@ -82,7 +82,7 @@ def main() -> None:
         "data": f"all reviews, cut after {arguments.max_length} tokens",
         "sizes": splits.sizes(),
         "seeds": arguments.seeds,
-        "machine": machine(),
+        "machine": facts(),
         "rows": rows,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -35,10 +35,10 @@ from typing import Any
 
 import torch
 import transformers
-from tasks import machine
 from torch import Tensor, nn
 
 from levi_fast import DEFAULT_BACKBONE, ActivationCache, LeviConfig, TapExtractor, load_backbone, load_tokenizer
+from levi_fast.bench.record import facts
 from levi_fast.bench.workload import load_task
 from levi_fast.cache.estimate import Estimate
 from levi_fast.data.batching import length_batches
@@ -259,7 +259,7 @@ def main() -> None:
             measured = dtypes(arguments.data, folder, arguments.seeds, arguments.epochs)
     document = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     part = f"build_{arguments.texts}_texts" if arguments.part == "build" else arguments.part
-    document[part] = {"machine": machine(), "measured": measured}
+    document[part] = {"machine": facts(), "measured": measured}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(arguments.output, json.dumps(document, indent=1) + "\n")
     print(json.dumps(measured, indent=1))

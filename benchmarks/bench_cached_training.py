@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tasks import machine
 from transformers import set_seed
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, LeviModel, get_levi_model, load_backbone, load_tokenizer
+from levi_fast.bench.record import facts
 from levi_fast.bench.synthetic_taps import WIDTH, SyntheticEpoch, mapped_taps
 from levi_fast.bench.uncached import levi_step, lora_step, sample_batches
 from levi_fast.bench.workload import load_task
@@ -192,7 +192,7 @@ def main() -> None:
     else:
         measured = epoch(arguments.part, arguments.data, arguments.sampled, arguments.epochs)
     document = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    document[arguments.part] = {"machine": machine(), "measured": measured}
+    document[arguments.part] = {"machine": facts(), "measured": measured}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(arguments.output, json.dumps(document, indent=1) + "\n")
     print(json.dumps(measured, indent=1))

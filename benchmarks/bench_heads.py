@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import transformers
-from tasks import machine
 from torch import Tensor, nn
 
 from levi_fast import (
@@ -39,6 +38,7 @@ from levi_fast import (
     load_tokenizer,
 )
 from levi_fast.bench.heads import COUNT, RATES, SEEDS, alone, make_heads
+from levi_fast.bench.record import facts
 from levi_fast.bench.synthetic_taps import mapped_taps
 from levi_fast.bench.workload import load_task
 from levi_fast.functional import layerwise_loss
@@ -316,7 +316,7 @@ def main() -> None:
             arguments.task, arguments.data, arguments.cache, arguments.backbone_dtype, arguments.separate_runs
         )
     document = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    document[" ".join(filter(None, (arguments.part, arguments.task)))] = {"machine": machine(), "measured": measured}
+    document[" ".join(filter(None, (arguments.part, arguments.task)))] = {"machine": facts(), "measured": measured}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(arguments.output, json.dumps(document, indent=1) + "\n")
     print(json.dumps(measured, indent=1))

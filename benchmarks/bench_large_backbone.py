@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import machine
 from torch import nn
 
 from levi_fast import LeviConfig, TapExtractor, get_levi_model
 from levi_fast.bench.memory import high_water_mark, text
+from levi_fast.bench.record import facts
 from levi_fast.storage import write_atomic
 
 WHAT = ("bare", "levi", "hidden_states")
@@ -133,7 +133,7 @@ def main() -> None:
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
     document = {
-        "machine": machine(),
+        "machine": facts(),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "backbone": "Llama, width 4096, 11008 inside, 32 heads, 32000 tokens, bfloat16, random weights",
         **{name: getattr(arguments, name) for name in ("layers", "batch", "tokens", "steps")},

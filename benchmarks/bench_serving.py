@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import machine
 from torch import Tensor
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, LeviModel, get_levi_model, swap
+from levi_fast.bench.record import facts
 from levi_fast.bench.timing import compared, interleaved, timed
 from levi_fast.export import formats
 from levi_fast.export.artefact import export_model
@@ -118,7 +118,7 @@ def main() -> None:
         "interleaved calls in one process, inputs of random ids; onnxruntime and torch on one thread each; the "
         "machine was shared, so that the medians of a row compare, and absolute times less"
     )
-    document = {"machine": machine(), "how": measured, "tolerance": TOLERANCE, "rows": rows}
+    document = {"machine": facts(), "how": measured, "tolerance": TOLERANCE, "rows": rows}
     write_atomic(arguments.output, json.dumps(document, indent=1) + "\n")
 
 

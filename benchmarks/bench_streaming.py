@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import machine
 from torch import nn
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, TapExtractor, get_levi_model, load_backbone
 from levi_fast.bench.backbones import bert as bert_of
 from levi_fast.bench.memory import HEADS, WIDTH, forward_memory, text
+from levi_fast.bench.record import facts
 from levi_fast.quantization import BACKBONE_DTYPES
 from levi_fast.storage import write_atomic
 
@@ -204,7 +204,7 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     document = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     for name in arguments.parts or parts:
-        document[name] = {"machine": machine(), "measured": parts[name]()}
+        document[name] = {"machine": facts(), "measured": parts[name]()}
         write_atomic(arguments.output, json.dumps(document, indent=1) + "\n")
     print(f"wrote {arguments.output}")
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import transformers
-from tasks import machine
 
 import levi_fast
 from levi_fast import DEFAULT_BACKBONE, ActivationCache, LeviConfig, load_backbone, load_tokenizer
+from levi_fast.bench.record import facts
 from levi_fast.kernels import use_backend
 from levi_fast.modeling import LeviModel, get_levi_model
 from levi_fast.storage import write_atomic
@@ -119,7 +119,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     document = {
         "what": __doc__.strip().splitlines()[0],
-        "machine": machine(),
+        "machine": facts(),
         "sizes": splits.sizes(),
         "summary": summary(rows),
         "runs": rows,

@@ -171,24 +171,22 @@ def train(group: Group, variant: Variant) -> dict[str, Any]:
         layers = {name: Layers(every[0.0][name], every[1.0][name]) for name in found}
     for _, data in splits.named():
         data.set_taps(None)
+
+    def scored(logits: dict[str, np.ndarray], blend: float | None) -> dict[str, Any]:
+        scores = {split: compute_metrics(own, labels[split], kind)[metric] for split, own in logits.items()}
+        ood = statistics.fmean(score for split, score in scores.items() if split.startswith("ood "))
+        return {"blend": blend, "ID": scores[splits.id_split], "OOD": ood}
+
     rules = {}
     for name, rule in RULES.items():
         held = found["validation"]
         a = rule(held.logits, held.logits_without_view, labels["validation"], kind)
-        scores = {
-            split: compute_metrics(blend_logits(p.logits, p.logits_without_view, a), labels[split], kind)[metric]
-            for split, p in found.items()
-        }
-        ood = statistics.fmean(score for split, score in scores.items() if split.startswith("ood "))
-        rules[name] = {"blend": a, "ID": scores[splits.id_split], "OOD": ood}
+        blended = {split: blend_logits(p.logits, p.logits_without_view, a) for split, p in found.items()}
+        rules[name] = scored(blended, a)
     for name, gate in GATES.items() if layers else ():
         combine = gate(layers["validation"], labels["validation"], kind)
         if combine is not None:
-            scores = {
-                split: compute_metrics(combine(own), labels[split], kind)[metric] for split, own in layers.items()
-            }
-            ood = statistics.fmean(score for split, score in scores.items() if split.startswith("ood "))
-            rules[name] = {"blend": None, "ID": scores[splits.id_split], "OOD": ood}
+            rules[name] = scored({split: combine(own) for split, own in layers.items()}, None)
     return {"seconds": round(seconds, 2), "metric": metric, "rules": rules}
 
 

@@ -71,10 +71,9 @@ class Case:
             if name in peers:
                 self.models[name] = form(*arguments, **options)
         for model in self.models.values():
+            # one set of weights: else each contender would turn the others' out of the cache
             for name, parameter in self.spec.named_parameters():
-                setattr(
-                    model, name, parameter
-                )  # one set: else each contender would turn the others' out of the cache
+                setattr(model, name, parameter)
         self.calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "ours": lambda taps, view: self.models["ours"](taps, view).layer_logits
         }
@@ -102,7 +101,7 @@ class Case:
         """Taps, view and the result's gradient of a call, from inputs that ``index`` numbers; no gradient is left."""
         index %= len(self.taps)
         view = self.views[index].detach().requires_grad_(self.backward)
-        self._zero_grad()
+        self.spec.zero_grad()  # every model's: they share their parameters
         return self.taps[index], view, self.grads[index % len(self.grads)]
 
     def call(self, name: str, taps: Tensor, view: Tensor, grad: Tensor) -> None:
@@ -123,10 +122,6 @@ class Case:
         start = time.perf_counter()
         self.call(name, *inputs)
         return time.perf_counter() - start
-
-    def _zero_grad(self) -> None:
-        for model in self.models.values():
-            model.zero_grad()
 
     def check(self) -> dict[str, float]:
         """Relative errors against float64: the worst of outputs and weight gradients, of every contender.

@@ -16,6 +16,7 @@ from rich.table import Table
 from levi_fast.backbones import load_backbone
 from levi_fast.bench import targets
 from levi_fast.bench.heads import COUNT, alone, make_heads
+from levi_fast.bench.options import check_choices, check_seconds
 from levi_fast.bench.record import Record
 from levi_fast.bench.timing import compared, interleaved, quartiles, timed
 from levi_fast.bench.uncached import HOW, STEPS, levi_step, lora_step, sample_batches
@@ -75,15 +76,12 @@ class EpochOptions:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise DataError(f"--task-name: expected {', '.join(TASKS)}, got {self.task!r}")
-        for part in self.parts:
-            if part not in PARTS:
-                raise DataError(f"--parts: expected some of {', '.join(PARTS)}; got {part!r}")
+        check_choices("--parts", self.parts, PARTS)
         if not self.parts:
             raise DataError(f"--parts: expected some of {', '.join(PARTS)}; got none")
         if self.target is not None and not {"target", "target-lora"} & set(self.parts):
             raise DataError("--target: nothing is trained to it; add target or target-lora to --parts")
-        if not self.seconds > 0:
-            raise DataError(f"--seconds: expected a number above 0; got {self.seconds}")
+        check_seconds("--seconds", self.seconds)
         if self.sampled < 1:
             raise DataError(f"--batches: expected at least 1; got {self.sampled}")
         if not 2 <= self.heads <= COUNT:

@@ -17,6 +17,7 @@ from torch import nn
 
 from levi_fast.bench import ensemble, pooling
 from levi_fast.bench.fits import growth_fits
+from levi_fast.bench.options import check_choices, check_seconds
 from levi_fast.bench.record import Record
 from levi_fast.bench.synthetic_taps import SyntheticEpoch
 from levi_fast.bench.timing import interleaved, quartiles, timed
@@ -61,14 +62,11 @@ class GrowthOptions:
     seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("parts", PARTS), ("peers", PEERS)):
-            for value in getattr(self, name):
-                if value not in allowed:
-                    raise DataError(f"--{name}: expected some of {', '.join(allowed)}; got {value!r}")
+        check_choices("--parts", self.parts, PARTS)
+        check_choices("--peers", self.peers, PEERS)
         if not self.parts:
             raise DataError(f"--parts: expected some of {', '.join(PARTS)}; got none")
-        if not self.seconds > 0:
-            raise DataError(f"--seconds: expected a number above 0; got {self.seconds}")
+        check_seconds("--seconds", self.seconds)
 
 
 Times = dict[str, list[float]]  # by contender

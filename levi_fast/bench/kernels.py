@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from levi_fast.bench import ensemble, pooling, small_calls
+from levi_fast.bench.options import check_choices, check_seconds
 from levi_fast.bench.record import Record
 from levi_fast.bench.timing import Rates
 from levi_fast.errors import DataError
@@ -41,16 +42,13 @@ class KernelOptions:
     seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        known = {"ops": OPS, "dtypes": tuple(DTYPES), "peers": PEERS}
-        for name, allowed in known.items():
-            for value in getattr(self, name):
-                if value not in allowed:
-                    raise DataError(f"{name}: expected some of {', '.join(allowed)}; got {value!r}")
+        check_choices("ops", self.ops, OPS)
+        check_choices("dtypes", self.dtypes, tuple(DTYPES))
+        check_choices("peers", self.peers, PEERS)
         for case in self.cases or ():
             if not 0 <= case < len(ensemble.CASES):
                 raise DataError(f"cases: expected numbers from 0 to {len(ensemble.CASES) - 1}; got {case}")
-        if not self.seconds > 0:
-            raise DataError(f"seconds: expected a number above 0; got {self.seconds}")
+        check_seconds("seconds", self.seconds)
 
 
 def bench_kernels(

@@ -185,7 +185,7 @@ def _eager(model: LeviModel) -> Method:
     return method
 
 
-def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
+def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """[B, T, D] to float32 [B, D], as most code does it."""
     if mask is None:
         return hidden.mean(1).float()
@@ -202,7 +202,7 @@ def _hidden_states(parts: LeviModel, backbone: nn.Module) -> Method:
         view = task_model(**inputs)
         with torch.no_grad():
             hidden = _run(backbone, inputs, output_hidden_states=True).hidden_states
-            taps = [_mean(state, inputs.get("attention_mask")) for state in hidden[1:]]
+            taps = [mean_pool(state, inputs.get("attention_mask")) for state in hidden[1:]]
         return ensemble(taps, view).layer_logits
 
     def loss(batch: Batch) -> Tensor:
@@ -234,7 +234,7 @@ def _head(backbone: nn.Module) -> nn.Linear:
 def _on_last(backbone: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
     inputs = _inputs(batch)
     hidden = _run(backbone, inputs).last_hidden_state
-    return F.cross_entropy(head(_mean(hidden, inputs.get("attention_mask"))), batch["labels"])
+    return F.cross_entropy(head(mean_pool(hidden, inputs.get("attention_mask"))), batch["labels"])
 
 
 def _probe(backbone: nn.Module) -> Method:
@@ -243,7 +243,7 @@ def _probe(backbone: nn.Module) -> Method:
     def loss(batch: Batch) -> Tensor:
         inputs = _inputs(batch)
         with torch.no_grad():
-            pooled = _mean(_run(backbone, inputs).last_hidden_state, inputs.get("attention_mask"))
+            pooled = mean_pool(_run(backbone, inputs).last_hidden_state, inputs.get("attention_mask"))
         return F.cross_entropy(head(pooled), batch["labels"])
 
     return Method(head, loss, nn.ModuleList([head, backbone]))
@@ -277,16 +277,22 @@ def lora_targets(backbone: nn.Module) -> list[str]:
     raise DataError(f"lora: expected modules named {known}; {type(backbone).__name__} has none of these pairs")
 
 
-def _lora(backbone: nn.Module) -> Method:
+def lora_adapted(backbone: nn.Module) -> nn.Module:
+    """The backbone with LoRA's adapters (r=8) beside query and value, which replace its own modules there."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=8, target_modules=lora_targets(backbone))
-    tuned = cast(nn.Module, get_peft_model(cast(Any, backbone), config)).train()
+    return cast(nn.Module, get_peft_model(cast(Any, backbone), config)).train()
+
+
+def _tuned_with_head(tuned: nn.Module, backbone: nn.Module) -> Method:
     both = nn.ModuleList([tuned, _head(backbone)])
     return Method(both, lambda batch: _on_last(tuned, both[1], batch), both)
+
+
+def _lora(backbone: nn.Module) -> Method:
+    return _tuned_with_head(lora_adapted(backbone), backbone)
 
 
 def _full(backbone: nn.Module) -> Method:
-    tuned = backbone.requires_grad_().train()
-    both = nn.ModuleList([tuned, _head(backbone)])
-    return Method(both, lambda batch: _on_last(tuned, both[1], batch), both)
+    return _tuned_with_head(backbone.requires_grad_().train(), backbone)

@@ -16,7 +16,6 @@ from levi_fast.environment import environment_report
 from levi_fast.storage import write_atomic
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PEERS = ("torch", "transformers", "peft", "triton", "torchao")
 
 
 def facts() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from levi_fast.bench.backbones import BACKBONES, DEFAULT, DTYPES, Backbone, Size
 from levi_fast.bench.memory import step_peak
 from levi_fast.bench.methods import FLOOR, METHODS, OURS, PEERS, Method, build_methods, check
+from levi_fast.bench.options import check_choices, check_seconds
 from levi_fast.bench.record import Record
 from levi_fast.bench.timing import compared, interleaved, timed
 from levi_fast.errors import DataError
@@ -54,19 +55,15 @@ class StepOptions:
     cases: tuple[tuple[str, int, int], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        allowed: dict[str, Sequence[str]] = {"backbones": tuple(BACKBONES), "peers": METHODS}
-        for name, known in allowed.items():
-            for value in getattr(self, name):
-                if value not in known:
-                    raise DataError(f"{name}: expected some of {', '.join(known)}; got {value!r}")
+        check_choices("backbones", self.backbones, tuple(BACKBONES))
+        check_choices("peers", self.peers, METHODS)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise DataError(f"dtype: expected one of {', '.join(DTYPES)}; got {self.dtype!r}")
         for name in ("batch_sizes", "lengths"):
             for number in getattr(self, name):
                 if number < 1:
                     raise DataError(f"{name}: expected numbers from 1; got {number}")
-        if not self.seconds > 0:
-            raise DataError(f"seconds: expected a number above 0; got {self.seconds}")
+        check_seconds("seconds", self.seconds)
         cases = []
         for name in self.backbones:
             spec, size = BACKBONES[name], BACKBONES[name].size()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from levi_fast.bench.methods import lora_targets
+from levi_fast.bench.methods import lora_adapted, mean_pool
 from levi_fast.bench.timing import timed
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.modeling import LeviModel
@@ -49,18 +49,14 @@ def lora_step(backbone: nn.Module, num_labels: int, regression: bool) -> Callabl
         num_labels: outputs of the head.
         regression: squared error in place of cross-entropy.
     """
-    from peft import LoraConfig, get_peft_model
-
-    adapted: Any = backbone
-    lora = get_peft_model(adapted, LoraConfig(r=8, target_modules=lora_targets(backbone)))
-    head = nn.Linear(int(adapted.config.hidden_size), num_labels)
+    lora = lora_adapted(backbone)
+    head = nn.Linear(int(cast(Any, backbone).config.hidden_size), num_labels)
     both = nn.ModuleList([lora, head])
     both.train()
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         hidden = lora(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        kept = batch["attention_mask"][..., None].to(hidden.dtype)
-        logits = head((hidden * kept).sum(1) / kept.sum(1))
+        logits = head(mean_pool(hidden, batch["attention_mask"]))
         if regression:
             return nn.functional.mse_loss(logits[:, 0], batch["labels"])
         return nn.functional.cross_entropy(logits, batch["labels"])

@@ -76,9 +76,9 @@ def test_every_contender_trains_its_own_weights_and_no_frozen_backbone(name: str
 
 
 def test_a_loss_that_differs_is_refused_before_any_time_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = methods._mean
+    pool = methods.mean_pool
     monkeypatch.setattr(
-        methods, "_mean", lambda hidden, mask: pool(hidden[:, 1:], None if mask is None else mask[:, 1:])
+        methods, "mean_pool", lambda hidden, mask: pool(hidden[:, 1:], None if mask is None else mask[:, 1:])
     )
     monkeypatch.setattr(steps, "interleaved", lambda *_: pytest.fail("timed"))
     options = StepOptions(("tiny",), peers=("hidden-states",))
