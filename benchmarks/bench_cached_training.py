@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import set_seed
 
 from levi_fast import DEFAULT_BACKBONE, LeviConfig, LeviModel, get_levi_model, load_backbone, load_tokenizer
+from levi_fast.bench.methods import FLOOR, OURS, build_methods
 from levi_fast.bench.record import facts
 from levi_fast.bench.synthetic_taps import WIDTH, SyntheticEpoch, mapped_taps
-from levi_fast.bench.uncached import levi_step, lora_step, sample_batches
+from levi_fast.bench.uncached import sample_batches
 from levi_fast.bench.workload import load_task
 from levi_fast.storage import write_atomic
 from levi_fast.training import prefetch
@@ -44,21 +46,16 @@ AT_LEAST = {"movielens": (50, 100), "imdb": (15, 30)}
 
 
 def epochs_with_the_backbone(
-    levi: LeviModel, splits: Splits, batch_size: int, sampled: int
+    backbone: nn.Module, config: LeviConfig, splits: Splits, batch_size: int, sampled: int
 ) -> dict[str, dict[str, float]]:
     """Estimated seconds of an epoch of LEVI without a cache, and of LoRA (r=8, query and value)."""
-    steps = {
-        "levi": levi_step(levi),
-        "lora": lora_step(
-            load_backbone(DEFAULT_BACKBONE), int(levi.config.num_labels), levi.config.problem_type == "regression"
-        ),
-    }
-    found = sample_batches(levi, steps, splits, batch_size, sampled)
+    methods = build_methods((FLOOR, OURS, "lora"), backbone, config)
+    found = sample_batches(methods, splits, batch_size, sampled)
     taken = {name: sum(values) for name, values in found.seconds.items()}
     share = 1 / sum(found.tokens)
-    scoring = taken["forward"] * found.validation_tokens * share
+    scoring = taken[FLOOR] * found.validation_tokens * share
     result: dict[str, dict[str, float]] = {}
-    for name in steps:
+    for name in (OURS, "lora"):
         training = taken[name] * found.all_tokens * share
         result[name] = {
             "epoch_seconds": round(training + scoring, 2),
@@ -84,7 +81,7 @@ def epoch(task_name: str, data: Path, sampled: int, epochs: int) -> dict[str, An
     options = TrainingOptions(**{**TASK_TRAINING.get(task_name, {}), "epochs": epochs})
     set_seed(0)
     levi = get_levi_model(backbone, config)
-    uncached = epochs_with_the_backbone(levi, splits, options.batch_size, sampled)
+    uncached = epochs_with_the_backbone(backbone, levi.config, splits, options.batch_size, sampled)
     print(uncached, flush=True)
     seconds: dict[str, list[float]] = {"lean": [], "trainer": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,9 @@ from typing import Any
 from pages import RESULTS, read, row
 from targets import targets
 
+from levi_fast.bench.backbones import BACKBONES
 from levi_fast.bench.epochs import remark
+from levi_fast.bench.methods import FLOOR, METHODS
 from levi_fast.bench.plots import CHARTS
 from levi_fast.storage import write_atomic
 
@@ -67,7 +69,7 @@ def overhead(document: Mapping[str, Any]) -> str:
 
 
 def steps(document: Mapping[str, Any], memory_of: str = "") -> str:
-    """Training steps: time and memory of every method, beside the bare frozen forward.
+    """Training steps on each backbone's own batch: time and memory of every method, beside the bare frozen forward.
 
     Args:
         document: of ``levi-fast bench step``.
@@ -77,7 +79,7 @@ def steps(document: Mapping[str, Any], memory_of: str = "") -> str:
     peaks = {(str(found["case"]), found["dtype"]): found["peak_memory"] for found in measured}
     head = ["backbone, batch x length", "method", "ms", "over the bare forward", "trained", "held + step, MiB"]
     lines = [row(head), row(["---", "---", *["---:"] * 4])]
-    for found in document["step"]:
+    for found in (own for own in document["step"] if _usual(own)):
         case = found["case"]
         title = f"{case['backbone']}, {case['batch']} x {case['length']}, {found['dtype']}"
         own = peaks.get((str(case), found["dtype"]), {})
@@ -91,6 +93,31 @@ def steps(document: Mapping[str, Any], memory_of: str = "") -> str:
             lines.append(row([title, name, *cells]))
             title = ""
     return "\n".join(lines)
+
+
+def sweep(document: Mapping[str, Any]) -> str:
+    """Steps over batch and length, a line per case: the bare forward, and what others take of it."""
+    rows = sorted((found for found in document["step"] if not _usual(found)), key=_by_backbone)
+    names = [name for name in METHODS if name != FLOOR and any(name in found["median_us"] for found in rows)]
+    lines = [row(["backbone, batch x length", "bare forward, ms", *(f"{name}, over it" for name in names)])]
+    lines.append(row(["---", *["---:"] * (len(names) + 1)]))
+    for found in rows:
+        case, over = found["case"], found["over_forward"]
+        title = f"{case['backbone']}, {case['batch']} x {case['length']}, {found['dtype']}"
+        cells = [f"{over[name]:.2f}" if name in over else "" for name in names]
+        lines.append(row([title, f"{found['median_us'][FLOOR] / 1e3:,.1f}", *cells]))
+    return "\n".join(lines)
+
+
+def _usual(found: Mapping[str, Any]) -> bool:
+    case = found["case"]
+    spec = BACKBONES[case["backbone"]]
+    return (case["batch"], case["length"], found["dtype"]) == (spec.batch, spec.length, spec.dtype)
+
+
+def _by_backbone(found: Mapping[str, Any]) -> tuple[int, int, int]:
+    case = found["case"]
+    return list(BACKBONES).index(case["backbone"]), case["length"], case["batch"]
 
 
 def memory(document: Mapping[str, Any]) -> str:
@@ -167,6 +194,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "pooling": pooling,
     "overhead": overhead,
     "steps": steps,
+    "sweep": sweep,
     "memory": memory,
     "epochs": epochs,
     "growth": growth,

@@ -119,9 +119,12 @@ def epoch(
     backbone: BackboneOption = None,
     parts: Annotated[
         str,
-        typer.Option("--parts", help="Of uncached, lora, cold, cached, heads, target, target-lora. Default: all but "
+        typer.Option("--parts", help="Of uncached, cold, cached, heads, target, target-lora. Default: all but "
                      "target-lora, which fine-tunes in full."),
     ] = "",
+    peers: Annotated[
+        str, typer.Option("--peers", help="Beside LEVI with the backbone in every step: as of levi-fast bench step.")
+    ] = "all",
     target: Annotated[
         float | None,
         typer.Option("--target", help="Validation accuracy (RMSE where labels are numbers) to time training to. "
@@ -136,12 +139,13 @@ def epoch(
     output: OutputOption = None,
     plots: PlotsOption = None,
 ) -> None:  # fmt: skip
-    """Time an epoch of LEVI: uncached, LoRA, from a cache; sixteen heads; training until a validation score."""
+    """Time an epoch of LEVI, uncached beside its peers, and from a cache; sixteen heads; training to a score."""
     from levi_fast.bench.epochs import DEFAULT_PARTS, EpochOptions, bench_epoch, epoch_tables
 
     options = EpochOptions(
-        task=task_name, data=data, backbone=backbone, parts=_names(parts) if parts else DEFAULT_PARTS, target=target,
-        seconds=seconds, sampled=batches, heads=heads, max_train_rows=max_train_rows, max_eval_rows=max_eval_rows,
+        task=task_name, data=data, backbone=backbone, parts=_names(parts) if parts else DEFAULT_PARTS,
+        peers=_peers(peers), target=target, seconds=seconds, sampled=batches, heads=heads,
+        max_train_rows=max_train_rows, max_eval_rows=max_eval_rows,
     )  # fmt: skip
     prepare_libraries(num_threads)
     document = bench_epoch(options, output, _note)
@@ -188,8 +192,9 @@ StepDtypeOption = Annotated[
 StepPeersOption = Annotated[
     str, typer.Option("--peers", help="Of levi-eager (LEVI without its kernels), hidden-states (LEVI written "
                       "straight out), linear-probe, side-network (ladder side-tuning), lora (r=8 on query and "
-                      "value; needs peft), full (fine-tuning), or all, the default. The bare forward and levi are "
-                      "always there. What does not fit in memory is left out, and the row says why.")
+                      "value; needs peft), full (fine-tuning), lora-trainer and full-trainer (the same in "
+                      "transformers' Trainer), or all, the default. The bare forward and levi are always there. What "
+                      "does not fit in memory is left out, and the row says why.")
 ]  # fmt: skip
 
 
@@ -211,7 +216,7 @@ def step(
 ) -> None:
     """Time one training step beside other ways to tune a backbone, after checking that LEVI's forms agree.
 
-    A step is forward, loss, backward, clipping and AdamW, in a plain loop: a Trainer would add its own overhead.
+    A step is forward, loss, backward, clipping and AdamW, in a plain loop but where a peer is named after Trainer.
     """
     from levi_fast.bench.steps import bench_step, step_tables
 
@@ -251,15 +256,21 @@ def peak_memory(
 def _step_options(
     backbone: str, batch_size: str, length: str, dtype: str | None, peers: str, device: str, **more: Any
 ) -> Any:
-    from levi_fast.bench.steps import PEERS, StepOptions
+    from levi_fast.bench.steps import StepOptions
     from levi_fast.training.fit import resolve_device
 
     chosen: dict[str, Any] = {"dtype": dtype, "device": resolve_device(device).type, **more}
     chosen["batch_sizes"], chosen["lengths"] = _numbers("--batch-size", batch_size), _numbers("--length", length)
-    chosen["peers"] = PEERS if peers == "all" else _names(peers)
+    chosen["peers"] = _peers(peers)
     if backbone:
         chosen["backbones"] = _names(backbone)
     return StepOptions(**chosen)
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    from levi_fast.bench.methods import PEERS
+
+    return PEERS if text == "all" else _names(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

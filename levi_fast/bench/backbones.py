@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from levi_fast.backbones import DEFAULT_BACKBONE, load_backbone, packaged_folder
+from levi_fast.config import LeviConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_LABELS = 2
@@ -42,10 +43,11 @@ class Backbone:
         """``real`` where an installed package carries them, else ``random``."""
         return "real" if self.packaged is not None and packaged_folder(self.packaged) else "random"
 
-    @property
-    def task_model(self) -> dict[str, Any]:
-        """The specification of the modality's default task model."""
-        return {"type": "image"} if self.vocabulary is None else {"type": "text", "vocab_size": self.vocabulary}
+    def config(self) -> LeviConfig:
+        """LEVI with the modality's default task model, classifying."""
+        text = {"type": "text", "vocab_size": self.vocabulary}
+        fields: dict[str, Any] = {"num_labels": NUM_LABELS, "problem_type": "single_label_classification"}
+        return LeviConfig(task_model={"type": "image"} if self.vocabulary is None else text, **fields)
 
     def load(self, dtype: torch.dtype, device: str) -> nn.Module:
         """The model in eval mode; random weights are made in ``dtype`` on ``device``, without a float32 copy."""

@@ -11,26 +11,37 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
-from levi_fast.backbones import load_backbone
 from levi_fast.bench import targets
 from levi_fast.bench.heads import COUNT, alone, make_heads
+from levi_fast.bench.methods import FLOOR, METHODS, OURS, PEERS, WITH_ADAPTERS, build_methods, check
 from levi_fast.bench.options import check_choices, check_seconds
 from levi_fast.bench.record import Record
 from levi_fast.bench.timing import compared, interleaved, quartiles, timed
-from levi_fast.bench.uncached import HOW, STEPS, levi_step, lora_step, sample_batches
+from levi_fast.bench.uncached import HOW, sample_batches
 from levi_fast.bench.workload import TASKS, Workload
-from levi_fast.data.labels import REGRESSION
 from levi_fast.errors import DataError
 from levi_fast.training.fit import fit
 from levi_fast.training.sweep import train_heads
 
-DEFAULT_PARTS = ("uncached", "lora", "cold", "cached", "heads", "target")
+DEFAULT_PARTS = ("uncached", "cold", "cached", "heads", "target")
 PARTS = (*DEFAULT_PARTS, "target-lora")  # the last fine-tunes in full: minutes to hours
-NAMES = {
-    "uncached": "epoch: backbone in every step",
+UNCACHED = {
+    FLOOR: "epoch: bare forward",
+    OURS: "epoch: backbone in every step",
+    "levi-eager": "epoch: the same without kernels",
+    "hidden-states": "epoch: LEVI written straight out",
+    "linear-probe": "epoch: linear probe",
+    "side-network": "epoch: side network",
     "lora": "epoch: LoRA",
+    "lora-trainer": "epoch: LoRA, Trainer",
+    "full": "epoch: full fine-tuning",
+    "full-trainer": "epoch: full fine-tuning, Trainer",
+}
+NAMES = {
+    **UNCACHED,
     "cold": "epoch: cache built first",
     "lean": "epoch: from the cache",
     "trainer": "epoch: from the cache, Trainer",
@@ -53,6 +64,7 @@ class EpochOptions:
         data: its folder or file; None for synthetic.
         backbone: hub id or folder; None is the packaged MiniLM.
         parts: of :data:`PARTS`.
+        peers: of :data:`levi_fast.bench.methods.PEERS`, of the part ``uncached``.
         target: validation score to reach (accuracy, or RMSE where the label is a number); None takes what a linear
             probe reaches.
         seconds: of interleaved rounds of cached epochs, of cold epochs and of runs to the target, each; at least
@@ -66,6 +78,7 @@ class EpochOptions:
     data: str | None = None
     backbone: str | None = None
     parts: tuple[str, ...] = DEFAULT_PARTS
+    peers: tuple[str, ...] = PEERS
     target: float | None = None
     seconds: float = 5.0
     sampled: int = 4
@@ -77,6 +90,7 @@ class EpochOptions:
         if self.task not in TASKS:
             raise DataError(f"--task-name: expected {', '.join(TASKS)}, got {self.task!r}")
         check_choices("--parts", self.parts, PARTS)
+        check_choices("--peers", self.peers, METHODS)
         if not self.parts:
             raise DataError(f"--parts: expected some of {', '.join(PARTS)}; got none")
         if self.target is not None and not {"target", "target-lora"} & set(self.parts):
@@ -105,8 +119,11 @@ def bench_epoch(
     Raises:
         DataError: data, a backbone or an option that cannot be used.
     """
-    if {"lora", "target-lora"} & set(options.parts) and importlib.util.find_spec("peft") is None:
-        raise DataError("--parts lora needs peft: pip install 'levi_fast[lora]', or choose other parts")
+    if importlib.util.find_spec("peft") is None:
+        if "target-lora" in options.parts:
+            raise DataError("--parts target-lora needs peft: pip install 'levi_fast[lora]', or choose other parts")
+        if "uncached" in options.parts and set(WITH_ADAPTERS) & set(options.peers):
+            raise DataError("--peers lora needs peft: pip install 'levi_fast[lora]', or choose other peers")
     note(f"reading and encoding {options.task}")
     workload = Workload.load(
         options.task, None if options.data is None else Path(options.data), options.backbone,
@@ -125,7 +142,7 @@ def bench_epoch(
     return record.document
 
 
-_SERVED_BY = {"uncached": ("uncached", "lora"), "cold": ("cold",), "cached": ("cached",), "heads": ("heads",),
+_SERVED_BY = {"uncached": ("uncached",), "cold": ("cold",), "cached": ("cached",), "heads": ("heads",),
               "target": ("target", "target-lora")}  # fmt: skip
 
 
@@ -156,22 +173,16 @@ class _Epochs:
         self.record.add("epoch", row)
 
     def uncached(self) -> None:
-        chosen = [part for part in ("uncached", "lora") if part in self.options.parts]
-        self.note(f"{self.options.sampled} batches with the backbone in the step: {', '.join(chosen)}")
-        workload = self.workload
-        levi = workload.model(with_backbone=True)
-        steps = {}
-        if "uncached" in chosen:
-            steps["levi"] = levi_step(levi)
-        if "lora" in chosen:
-            config = workload.config
-            own = load_backbone(self.options.backbone or str(config.backbone))
-            steps["lora"] = lora_step(own, int(config.num_labels or 1), config.problem_type == REGRESSION)
-        levi.train()
-        found = sample_batches(levi, steps, workload.splits, workload.options.batch_size, self.options.sampled)
-        for part, step in zip(("uncached", "lora"), STEPS, strict=True):
-            if part in chosen:
-                self.add(part, found.epochs(step), extrapolated_from={**found.estimated_from(), "how": HOW})
+        options, workload = self.options, self.workload
+        names = tuple(name for name in METHODS if name in (FLOOR, OURS, *options.peers))
+        self.note(f"{options.sampled} batches with the backbone in the step: {', '.join(names)}")
+        methods = build_methods(names, workload.backbone, workload.config)
+        errors = check(methods, workload.splits.train.__getitems__(range(8)), torch.float32, final_norm=False)
+        found = sample_batches(methods, workload.splits, workload.options.batch_size, options.sampled)
+        for name in names:
+            more = {"relative_loss_error": errors} if name == OURS else {}
+            how = {**found.estimated_from(), "how": HOW}
+            self.add(name, found.epochs(name), extrapolated_from=how, **more)
 
     def cold(self) -> None:
         self.note("building the cache, and one epoch on it")

@@ -17,11 +17,11 @@ from torch import nn
 
 from levi_fast.bench import ensemble, pooling
 from levi_fast.bench.fits import growth_fits
+from levi_fast.bench.methods import levi_method
 from levi_fast.bench.options import check_choices, check_seconds
 from levi_fast.bench.record import Record
 from levi_fast.bench.synthetic_taps import SyntheticEpoch
 from levi_fast.bench.timing import interleaved, quartiles, timed
-from levi_fast.bench.uncached import levi_step
 from levi_fast.bench.workload import load_minilm_or
 from levi_fast.config import LeviConfig
 from levi_fast.errors import DataError
@@ -182,13 +182,13 @@ class Step:
         text = {"type": "text", "vocab_size": self.vocabulary}
         torch.manual_seed(0)
         fields: dict[str, Any] = {"num_labels": 2, "problem_type": "single_label_classification"}
-        self.step = levi_step(get_levi_model(backbone, LeviConfig(task_model=text, **fields)))
+        self.method = levi_method(get_levi_model(backbone, LeviConfig(task_model=text, **fields)))
 
     def times(self, batch: int, length: int, options: GrowthOptions) -> Times:
         """Of ``batch`` texts of ``length`` tokens."""
         ids = torch.randint(min(5, self.vocabulary - 1), self.vocabulary, (batch, length))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch) % 2}
-        return interleaved({"ours": lambda _: timed(lambda: self.step(inputs))}, options.seconds, LEAST_ROUNDS)
+        return interleaved({"ours": lambda _: self.method.seconds(inputs)}, options.seconds, LEAST_ROUNDS)
 
 
 def growth_tables(document: Mapping[str, Any]) -> list[Table]:

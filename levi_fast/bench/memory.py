@@ -154,7 +154,7 @@ def _step_peak(
 
     torch.set_num_threads(threads)
     spec = BACKBONES[name]
-    contender = build_methods((method,), spec.load(DTYPES[dtype], device), spec)[method]
+    contender = build_methods((method,), spec.load(DTYPES[dtype], device), spec.config())[method]
     inputs = spec.batches(1, batch, length, device)[0]
     peak = peak_of(lambda: contender.step(inputs), device)
     return {"step": peak, "held": contender.held_bytes()}

@@ -7,22 +7,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from levi_fast import LeviConfig, LeviModel, get_levi_model, reference, swap
-from levi_fast.bench.backbones import NUM_LABELS, Backbone
+from levi_fast import LeviConfig, get_levi_model, reference
+from levi_fast.bench import peers
 from levi_fast.bench.errors import WrongResultError
-from levi_fast.bench.side_network import SideNetwork
-from levi_fast.errors import DataError
-from levi_fast.kernels import use_backend
+from levi_fast.bench.timing import timed
+from levi_fast.modeling import LeviModel
+from levi_fast.training.lean import clip_gradients
 
 FLOOR, OURS = "frozen-forward", "levi"
-PEERS = ("levi-eager", "hidden-states", "linear-probe", "side-network", "lora", "full")  # lightest first
-METHODS = (FLOOR, OURS, *PEERS)
-KIND: reference.ProblemType = "single_label_classification"
+PEERS = (
+    "levi-eager", "hidden-states", "linear-probe", "side-network", "lora", "lora-trainer", "full", "full-trainer",
+)  # fmt: skip
+METHODS = (FLOOR, OURS, *PEERS)  # lightest first
+TRAINER_OF = {"lora-trainer": "lora", "full-trainer": "full"}  # the same modules and optimizer, in Trainer's loop
+WITH_ADAPTERS = ("lora", "lora-trainer")
 LOSS_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative; the taps are rounded to the backbone's dtype
-QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q", "v"))  # what architectures call them
 
 Batch = Mapping[str, Tensor]
 
@@ -49,17 +50,18 @@ class Method:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=True) if self.parameters else None
 
     def step(self, batch: Batch) -> None:
-        """Forward, loss, backward, clipping at 1 and AdamW; of the bare forward that alone.
-
-        The fine-tuned peers take the same plain step: a Trainer would add its own overhead to theirs.
-        """
+        """Forward, loss, backward, clipping at 1 and AdamW; of the bare forward that alone."""
         if self.optimizer is None:
             self.loss(batch)
             return
         self.loss(batch).backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        clip_gradients(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def seconds(self, batch: Batch) -> float:
+        """Of one step; on a GPU until it is done."""
+        return timed(lambda: self.step(batch), _device_of(batch))
 
     def trained_parameters(self) -> int:
         """How many numbers are trained."""
@@ -73,29 +75,60 @@ class Method:
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def build_methods(names: tuple[str, ...], backbone: nn.Module, spec: Backbone) -> dict[str, Method]:
-    """The contenders around one backbone, whose weights all but ``full`` share.
+class TrainerMethod(Method):
+    """Another contender's modules, loss and optimizer, stepped by transformers' Trainer.
+
+    A step is one call of ``train`` over one batch; timed is what the loop does from the start of the epoch, before
+    it fetches the batch, to the end of the step. What ``train`` sets up before that is not.
+    """
+
+    def __init__(self, plain: Method) -> None:
+        from levi_fast.bench.trainer_steps import TrainerSteps
+
+        assert plain.optimizer is not None
+        self.loss, self.held, self.layer_logits = plain.loss, plain.held, plain.layer_logits
+        self.parameters, self.optimizer = plain.parameters, plain.optimizer
+        self._steps = TrainerSteps(plain.held, plain.loss, plain.optimizer)
+
+    def step(self, batch: Batch) -> None:
+        self.seconds(batch)
+
+    def seconds(self, batch: Batch) -> float:
+        return self._steps.seconds(batch)
+
+
+def build_methods(names: tuple[str, ...], backbone: nn.Module, config: LeviConfig) -> dict[str, Method]:
+    """The contenders around one backbone, whose weights all but full fine-tuning's share.
 
     Args:
-        names: of :data:`METHODS`; LEVI's forms begin with equal weights of their own.
+        names: of :data:`METHODS`; LEVI's forms begin with equal weights of their own, a method and its form in
+            Trainer have the same ones.
         backbone: in eval mode, in its dtype, on its device.
-        spec: what it is.
+        config: of LEVI: taps "all", pooling "mean", objective "per_layer"; its labels are those of every contender.
     """
     backbone.requires_grad_(False)
     torch.manual_seed(0)
-    levi = _levi(backbone, spec) if {OURS, "levi-eager", "hidden-states"} & set(names) else None
-    forms = {name: _twin(levi, backbone) for name in ("levi-eager", "hidden-states") if levi and name in names}
+    levi = _levi(backbone, config) if {OURS, "levi-eager", "hidden-states"} & set(names) else None
+    forms = {name: peers.twin(levi, backbone) for name in ("levi-eager", "hidden-states") if levi and name in names}
+    copied = not set(names) <= {"full", "full-trainer"}
     build: dict[str, Callable[[], Method]] = {
-        FLOOR: lambda: _forward(backbone),
-        OURS: lambda: _as_method(cast(LeviModel, levi)),
+        FLOOR: lambda: Method(None, peers.forward(backbone), backbone),
+        OURS: lambda: levi_method(cast(LeviModel, levi)),
         "levi-eager": lambda: _eager(forms["levi-eager"]),
         "hidden-states": lambda: _hidden_states(forms["hidden-states"], backbone),
-        "linear-probe": lambda: _probe(backbone),
-        "side-network": lambda: _side(backbone),
-        "lora": lambda: _lora(sharing(backbone)),
-        "full": lambda: _full(backbone if names == ("full",) else copy.deepcopy(backbone)),
+        "linear-probe": lambda: Method(*peers.linear_probe(backbone, config)),
+        "side-network": lambda: Method(*peers.side_network(backbone, config)),
+        "lora": lambda: Method(*peers.lora(sharing(backbone), config)),
+        "full": lambda: Method(*peers.full(copy.deepcopy(backbone) if copied else backbone, config)),
     }
-    return {name: build[name]() for name in names}
+    built: dict[str, Method] = {}
+    for name in names:
+        plain = TRAINER_OF.get(name, name)
+        if plain not in built:
+            built[plain] = build[plain]()
+        if name != plain:
+            built[name] = TrainerMethod(built[plain])
+    return {name: built[name] for name in names}
 
 
 def check(methods: Mapping[str, Method], batch: Batch, dtype: torch.dtype, final_norm: bool) -> dict[str, float]:
@@ -117,7 +150,7 @@ def check(methods: Mapping[str, Method], batch: Batch, dtype: torch.dtype, final
             continue
         layers = len(logits) - (name == "hidden-states" and final_norm)
         theirs = _seeded(form.layer_logits, batch)
-        pairs = [(_loss_of(logits[i : i + 1], batch), _loss_of(theirs[i : i + 1], batch)) for i in range(layers)]
+        pairs = [(_loss_of(logits[i], batch), _loss_of(theirs[i], batch)) for i in range(layers)]
         if layers == len(logits):
             pairs.append((loss, float(_seeded(form.loss, batch))))
         errors[name] = max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs)
@@ -134,165 +167,44 @@ def sharing(backbone: nn.Module) -> nn.Module:
     return copy.deepcopy(backbone, memo)
 
 
+def levi_method(model: LeviModel) -> Method:
+    """LEVI with the backbone in every step."""
+    model.train()
+    return Method(
+        model, lambda batch: cast(Tensor, model(**batch).loss), model, lambda batch: model(**batch).layer_logits
+    )
+
+
+def _levi(backbone: nn.Module, config: LeviConfig) -> LeviModel:
+    model = get_levi_model(backbone, config)
+    nn.Module.to(model, next(backbone.parameters()).device)
+    return model
+
+
+def _eager(model: LeviModel) -> Method:
+    method = levi_method(model)
+    plain, logits, step = method.loss, method.layer_logits, method.step
+    method.loss, method.layer_logits = peers.without_kernels(plain), peers.without_kernels(cast(Any, logits))
+    method.step = peers.without_kernels(step)  # type: ignore[method-assign, assignment]  # the backward pass too
+    return method
+
+
+def _hidden_states(parts: LeviModel, backbone: nn.Module) -> Method:
+    trained, loss, layer_logits = peers.hidden_states(parts, backbone)
+    return Method(trained, loss, nn.ModuleList([trained, backbone]), layer_logits)
+
+
+def _device_of(batch: Batch) -> str:
+    return next(iter(batch.values())).device.type
+
+
 def _seeded(call: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
     torch.manual_seed(0)  # dropout and view dropout draw the same
     with torch.no_grad():
         return call(batch)
 
 
-def _loss_of(layer_logits: Tensor, batch: Batch) -> float:
-    return float(reference.layerwise_loss(layer_logits, batch["labels"], KIND))
-
-
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def _levi(backbone: nn.Module, spec: Backbone) -> LeviModel:
-    labels: dict[str, Any] = {"num_labels": NUM_LABELS}
-    model = get_levi_model(backbone, LeviConfig(problem_type=KIND, task_model=spec.task_model, **labels))
-    nn.Module.to(model, next(backbone.parameters()).device)
-    return model.train()
-
-
-def _twin(levi: LeviModel, backbone: nn.Module) -> LeviModel:
-    """A copy around the same backbone, its own weights equal, its ensemble the reference."""
-    memo: dict[int, Any] = {id(module): module for module in backbone.modules()}
-    twin = copy.deepcopy(levi, memo)
-    swap(twin, undo=True)
-    return twin
-
-
-def _as_method(model: LeviModel) -> Method:
-    return Method(
-        model, lambda batch: cast(Tensor, model(**batch).loss), model, lambda batch: model(**batch).layer_logits
-    )
-
-
-def _eager(model: LeviModel) -> Method:
-    method = _as_method(model)
-    plain, logits, step = method.loss, method.layer_logits, method.step
-
-    def within(call: Any) -> Any:
-        def run(batch: Batch) -> Any:
-            with use_backend("eager"):
-                return call(batch)
-
-        return run
-
-    method.loss, method.layer_logits = within(plain), within(logits)
-    method.step = within(step)  # type: ignore[method-assign]  # the backward pass too
-    return method
-
-
-def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, T, D] to float32 [B, D], as most code does it."""
-    if mask is None:
-        return hidden.mean(1).float()
-    weights = mask[..., None].to(hidden.dtype)
-    return ((hidden * weights).sum(1) / weights.sum(1)).float()
-
-
-def _hidden_states(parts: LeviModel, backbone: nn.Module) -> Method:
-    """LEVI as a user would write it: all hidden states, each pooled, the reference ensemble and loss."""
-    task_model, ensemble = cast(nn.Module, parts.task_model), parts.ensemble
-
-    def layer_logits(batch: Batch) -> Tensor:
-        inputs = _inputs(batch)
-        view = task_model(**inputs)
-        with torch.no_grad():
-            hidden = _run(backbone, inputs, output_hidden_states=True).hidden_states
-            taps = [mean_pool(state, inputs.get("attention_mask")) for state in hidden[1:]]
-        return ensemble(taps, view).layer_logits
-
-    def loss(batch: Batch) -> Tensor:
-        return reference.layerwise_loss(layer_logits(batch), batch["labels"], KIND)
-
-    trained = nn.ModuleList([task_model, ensemble])
-    return Method(trained, loss, nn.ModuleList([trained, backbone]), layer_logits)
-
-
-def _run(backbone: nn.Module, inputs: Batch, **arguments: Any) -> Any:
-    dtype = next(backbone.parameters()).dtype
-    cast_inputs = {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
-    return backbone(**cast_inputs, **arguments)
-
-
-def _forward(backbone: nn.Module) -> Method:
-    def forward(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return cast(Tensor, _run(backbone, _inputs(batch)).last_hidden_state)
-
-    return Method(None, forward, backbone)
-
-
-def _head(backbone: nn.Module) -> nn.Linear:
-    config: Any = backbone.config
-    return nn.Linear(config.hidden_size, NUM_LABELS, device=next(backbone.parameters()).device)
-
-
-def _on_last(backbone: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
-    inputs = _inputs(batch)
-    hidden = _run(backbone, inputs).last_hidden_state
-    return F.cross_entropy(head(mean_pool(hidden, inputs.get("attention_mask"))), batch["labels"])
-
-
-def _probe(backbone: nn.Module) -> Method:
-    head = _head(backbone)
-
-    def loss(batch: Batch) -> Tensor:
-        inputs = _inputs(batch)
-        with torch.no_grad():
-            pooled = mean_pool(_run(backbone, inputs).last_hidden_state, inputs.get("attention_mask"))
-        return F.cross_entropy(head(pooled), batch["labels"])
-
-    return Method(head, loss, nn.ModuleList([head, backbone]))
-
-
-def _side(backbone: nn.Module) -> Method:
-    config: Any = backbone.config
-    side = SideNetwork(config.hidden_size, config.num_hidden_layers, NUM_LABELS)
-    side.to(next(backbone.parameters()).device).train()
-
-    def loss(batch: Batch) -> Tensor:
-        inputs = _inputs(batch)
-        with torch.no_grad():
-            hidden = _run(backbone, inputs, output_hidden_states=True).hidden_states
-        return F.cross_entropy(side(hidden, inputs.get("attention_mask")), batch["labels"])
-
-    return Method(side, loss, nn.ModuleList([side, backbone]))
-
-
-def lora_targets(backbone: nn.Module) -> list[str]:
-    """What this architecture calls its query and value projections.
-
-    Raises:
-        DataError: none of the names that are known.
-    """
-    names = {name.rsplit(".", 1)[-1] for name, _ in backbone.named_modules()}
-    for pair in QUERY_VALUE:
-        if names.issuperset(pair):
-            return list(pair)
-    known = ", ".join(" and ".join(pair) for pair in QUERY_VALUE)
-    raise DataError(f"lora: expected modules named {known}; {type(backbone).__name__} has none of these pairs")
-
-
-def lora_adapted(backbone: nn.Module) -> nn.Module:
-    """The backbone with LoRA's adapters (r=8) beside query and value, which replace its own modules there."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=8, target_modules=lora_targets(backbone))
-    return cast(nn.Module, get_peft_model(cast(Any, backbone), config)).train()
-
-
-def _tuned_with_head(tuned: nn.Module, backbone: nn.Module) -> Method:
-    both = nn.ModuleList([tuned, _head(backbone)])
-    return Method(both, lambda batch: _on_last(tuned, both[1], batch), both)
-
-
-def _lora(backbone: nn.Module) -> Method:
-    return _tuned_with_head(lora_adapted(backbone), backbone)
-
-
-def _full(backbone: nn.Module) -> Method:
-    return _tuned_with_head(backbone.requires_grad_().train(), backbone)
+def _loss_of(logits: Tensor, batch: Batch) -> float:
+    labels = batch["labels"]
+    kind: reference.ProblemType = "regression" if labels.is_floating_point() else "single_label_classification"
+    return float(reference.layerwise_loss(logits[None], labels, kind))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from levi_fast.bench.methods import FLOOR, METHODS
+from levi_fast.bench.methods import FLOOR, METHODS, TRAINER_OF
 from levi_fast.report.charts import COLOURS, MARKERS
 
 Rows = Sequence[Mapping[str, Any]]
@@ -46,11 +46,12 @@ def scaling(document: Mapping[str, Any]) -> str | None:
     for axes in panels.flat[len(sweeps) :]:
         axes.set_visible(False)
     for axes, (axis, title, own) in zip(panels.flat, sweeps, strict=False):
-        for place, name in enumerate(METHODS):
+        for name in METHODS:
             points = [(r["case"][axis], r["median_us"][name] / 1e3) for r in own if name in r["median_us"]]
             if points:
                 across, up = zip(*points, strict=True)
-                axes.plot(across, up, color=COLOURS[place], marker=MARKERS[place], markersize=4, label=name)
+                style = "--" if name in TRAINER_OF else "-"
+                axes.plot(across, up, style, color=_colour(name), marker=_marker(name), markersize=4, label=name)
         ticks = [row["case"][axis] for row in own]
         axes.set(xscale="log", yscale="log", title=title, xlabel=axis)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -92,6 +93,19 @@ def forward_memory(document: Mapping[str, Any]) -> str | None:
     return svg_of(figure)
 
 
+def _place(name: str) -> int:
+    """Trainer's form of a method takes that one's colour."""
+    return [name for name in METHODS if name not in TRAINER_OF].index(TRAINER_OF.get(name, name))
+
+
+def _colour(name: str) -> str:
+    return COLOURS[_place(name)]
+
+
+def _marker(name: str) -> str:
+    return MARKERS[_place(name)]
+
+
 def _bars(rows: Rows, values: Sequence[Mapping[str, float]], label: str, form: str, line: float | None = None) -> Any:
     from levi_fast.bench.plots import legend, pyplot, svg_of
 
@@ -105,7 +119,8 @@ def _bars(rows: Rows, values: Sequence[Mapping[str, float]], label: str, form: s
         for group, value in enumerate(values):
             if name in value:
                 y = group + (place - (len(names) - 1) / 2) * high
-                axes.barh(y, value[name], high, color=COLOURS[METHODS.index(name)], label=name)
+                hatch = "////" if name in TRAINER_OF else None
+                axes.barh(y, value[name], high, color=_colour(name), hatch=hatch, edgecolor="white", label=name)
                 axes.text(value[name], y, " " + form.format(value[name]), va="center", fontsize=7)
     if line is not None:
         axes.axvline(line, color="black", linewidth=0.8)

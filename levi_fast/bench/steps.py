@@ -16,10 +16,20 @@ from rich.table import Table
 
 from levi_fast.bench.backbones import BACKBONES, DEFAULT, DTYPES, Backbone, Size
 from levi_fast.bench.memory import step_peak
-from levi_fast.bench.methods import FLOOR, METHODS, OURS, PEERS, Method, build_methods, check
+from levi_fast.bench.methods import (
+    FLOOR,
+    METHODS,
+    OURS,
+    PEERS,
+    TRAINER_OF,
+    WITH_ADAPTERS,
+    Method,
+    build_methods,
+    check,
+)
 from levi_fast.bench.options import check_choices, check_seconds
 from levi_fast.bench.record import Record
-from levi_fast.bench.timing import compared, interleaved, timed
+from levi_fast.bench.timing import compared, interleaved
 from levi_fast.errors import DataError
 
 LEAST_ROUNDS = 3
@@ -115,10 +125,12 @@ def affordable(names: Sequence[str], needed: dict[str, int], free: int) -> tuple
     """The contenders that can run together, in the order of :data:`METHODS`, and why each other one cannot."""
     kept, skipped, taken = [], {}, needed[FLOOR]
     for name in METHODS:
-        more = needed.get(name, 0) if name != FLOOR else 0
+        plain = TRAINER_OF.get(name, name)
+        # Trainer's form has the modules and the optimizer of the plain one
+        more = needed.get(plain, 0) if name != FLOOR and (name == plain or plain not in kept) else 0
         if name not in names:
             continue
-        if name == "lora" and importlib.util.find_spec("peft") is None:
+        if name in WITH_ADAPTERS and importlib.util.find_spec("peft") is None:
             skipped[name] = "peft is not installed: pip install levi_fast[lora]"
         elif taken + more > free:
             skipped[name] = (
@@ -138,16 +150,12 @@ def step_row(name: str, batch: int, length: int, options: StepOptions) -> dict[s
     needed = requirements(size, spec, batch, length, dtype)
     names, skipped = affordable((FLOOR, OURS, *options.peers), needed, free_memory(device))
     backbone = spec.load(DTYPES[dtype], device)
-    methods = build_methods(names, backbone, spec)
+    methods = build_methods(names, backbone, spec.config())
     batches = spec.batches(BATCHES, batch, length, device)
     errors = check(methods, batches[0], DTYPES[dtype], spec.final_norm)
 
     def run(method: Method, index: int) -> float:
-        inputs = batches[index % BATCHES]
-        if device == "cpu":
-            return timed(lambda: method.step(inputs))
-        torch.cuda.synchronize()
-        return timed(lambda: _finished_step(method, inputs))
+        return method.seconds(batches[index % BATCHES])
 
     times = interleaved({key: partial(run, method) for key, method in methods.items()}, options.seconds, LEAST_ROUNDS)
     found = compared(times, ours=OURS, also=(FLOOR,))
@@ -173,11 +181,6 @@ def step_row(name: str, batch: int, length: int, options: StepOptions) -> dict[s
     if options.memory:
         row["peak_memory"] = {key: step_peak(name, key, batch, length, dtype, device) for key in names}
     return row
-
-
-def _finished_step(method: Method, inputs: dict[str, torch.Tensor]) -> None:
-    method.step(inputs)
-    torch.cuda.synchronize()
 
 
 def bench_step(

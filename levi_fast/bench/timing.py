@@ -14,10 +14,16 @@ from torch import Tensor
 COLD_BYTES = 256 * 2**20  # inputs rotate through this much: more than the last-level cache of what we measure on
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+LONG = 0.3  # seconds: a call that takes this long is warm after one
+
+
+def timed(call: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call; on a GPU from when it is idle until it is again."""
+    finish = torch.cuda.synchronize if device != "cpu" else lambda: None
+    finish()
     start = time.perf_counter()
     call()
+    finish()
     return time.perf_counter() - start
 
 
@@ -34,8 +40,10 @@ def interleaved(
     names, shuffle, index = list(contenders), random.Random(0), 0
     for name in names:
         for _ in range(2):
-            contenders[name](index)
+            took = contenders[name](index)
             index += 1
+            if took > LONG:
+                break
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     while len(times[names[0]]) < least or time.perf_counter() < end:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from levi_fast.bench import epochs, plots, targets, workload
-from levi_fast.bench.epochs import NAMES, EpochOptions
-from levi_fast.bench.methods import lora_targets
+from levi_fast.bench.epochs import NAMES, UNCACHED, EpochOptions
+from levi_fast.bench.methods import OURS
+from levi_fast.bench.peers import lora_targets
 from levi_fast.bench.targets import Target
 from levi_fast.bench.workload import Workload
 from levi_fast.errors import DataError
@@ -49,9 +50,11 @@ def test_every_part_has_its_rows(bench: Run, tiny_bert_dir: str, tmp_path: Path)
         assert row["sizes"] == {"train": 80, "validation": 30}
         low, middle, high = row["quartiles_seconds"]
         assert 0 < low <= middle <= high and row["rounds"] >= 1
-        assert ("extrapolated_from" in row) == (what in (NAMES["uncached"], NAMES["lora"])), what
-    taken = rows[NAMES["uncached"]]["extrapolated_from"]
+        assert ("extrapolated_from" in row) == (what in UNCACHED.values()), what
+    uncached = rows[NAMES[OURS]]
+    taken = uncached["extrapolated_from"]
     assert taken["timed_batches"] == 2 and taken["timed_tokens"] <= taken["tokens"] and "tokens" in taken["how"]
+    assert set(uncached["relative_loss_error"]) == {"levi-eager", "hidden-states"}
     assert rows[NAMES["lean"]]["rounds"] >= 3
     cold = rows[NAMES["cold"]]
     assert cold["build_seconds"][0] < cold["median_seconds"]
@@ -90,6 +93,7 @@ def test_less_is_better_of_an_error() -> None:
         ({"task": "camelyon"}, "--task-name: expected synthetic"),
         ({"parts": ("cold", "warm")}, "--parts: expected some of .* got 'warm'"),
         ({"parts": ()}, "--parts: .* got none"),
+        ({"peers": ("adapter",)}, "--peers: expected some of .* got 'adapter'"),
         ({"parts": ("cold",), "target": 0.9}, "--target: nothing is trained to it"),
         ({"seconds": 0.0}, "--seconds: expected a number above 0"),
         ({"sampled": 0}, "--batches: expected at least 1"),

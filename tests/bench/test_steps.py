@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from levi_fast.bench import backbones, methods, peaks, steps
+from levi_fast.bench import backbones, peaks, peers, steps
 from levi_fast.bench import memory as memory_module
 from levi_fast.bench.backbones import BACKBONES, Backbone
 from levi_fast.bench.errors import WrongResultError
@@ -56,7 +56,7 @@ def test_every_contender_trains_its_own_weights_and_no_frozen_backbone(name: str
     backbone = spec.load(dtype, "cpu")
     assert {p.dtype for p in backbone.parameters()} == {dtype}
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    contenders = build_methods(METHODS, backbone, spec)
+    contenders = build_methods(METHODS, backbone, spec.config())
     batch = spec.batches(1, spec.batch, spec.length, "cpu")[0]
     assert set(check(contenders, batch, dtype, spec.final_norm)) == {"levi-eager", "hidden-states"}
     for key, method in contenders.items():
@@ -76,9 +76,9 @@ def test_every_contender_trains_its_own_weights_and_no_frozen_backbone(name: str
 
 
 def test_a_loss_that_differs_is_refused_before_any_time_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = methods.mean_pool
+    pool = peers.mean_pool
     monkeypatch.setattr(
-        methods, "mean_pool", lambda hidden, mask: pool(hidden[:, 1:], None if mask is None else mask[:, 1:])
+        peers, "mean_pool", lambda hidden, mask: pool(hidden[:, 1:], None if mask is None else mask[:, 1:])
     )
     monkeypatch.setattr(steps, "interleaved", lambda *_: pytest.fail("timed"))
     options = StepOptions(("tiny",), peers=("hidden-states",))
@@ -89,7 +89,7 @@ def test_a_loss_that_differs_is_refused_before_any_time_is_taken(monkeypatch: py
 def test_the_last_layer_behind_a_closing_norm_is_the_only_one_left_out() -> None:
     spec = SMALL["t5"]
     backbone = spec.load(torch.float32, "cpu")
-    contenders = build_methods((OURS, "hidden-states"), backbone, spec)
+    contenders = build_methods((OURS, "hidden-states"), backbone, spec.config())
     batch = spec.batches(1, 2, 8, "cpu")[0]
     check(contenders, batch, torch.float32, final_norm=True)
     with pytest.raises(WrongResultError):
@@ -194,9 +194,12 @@ def test_what_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1.2e9 < size.parameters < 1.3e9
     needed = requirements(size, spec, 1, 64, "bfloat16")
     kept, skipped = affordable((FLOOR, OURS, *PEERS), needed, 8 * GIB)
-    assert kept == tuple(name for name in METHODS if name != "full") and set(skipped) == {"full"}
+    assert set(skipped) == {"full", "full-trainer"} and kept == tuple(name for name in METHODS if name not in skipped)
     assert "GiB are free" in skipped["full"]
     assert affordable((FLOOR, "full"), needed, 30 * GIB) == ((FLOOR, "full"), {})
+    just_one = needed[FLOOR] + needed["full"]
+    assert affordable(("full", "full-trainer"), needed, just_one) == (("full", "full-trainer"), {})  # they share it
+    assert affordable(("full-trainer",), needed, just_one - 1)[0] == ()
 
 
 def test_a_contender_left_out_is_named_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
