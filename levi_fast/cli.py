@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -378,6 +379,10 @@ def env() -> None:
     rich.print(render(environment_report()))
 
 
+# torchao, which transformers imports where it is installed, warns of its own GPU parts and of a change in torch
+_ABOUT_THEMSELVES = ("torchao", "torch.utils._pytree")
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     if category is UserWarning:  # what this package says; deprecations inside libraries are not for the user
         print(f"warning: {message}", file=sys.stderr)
@@ -391,6 +396,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = os.environ.get("LEVI_FAST_DEBUG", "") not in ("", "0")
     if not debug:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
+        for name in _ABOUT_THEMSELVES:
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="levi-fast")
     except SystemExit as end:

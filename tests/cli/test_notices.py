@@ -1,0 +1,18 @@
+"""What libraries say about themselves is not for the user of a command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def test_no_word_of_torchao_beside_lora() -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("torchao")
+    command = [sys.executable, "-m", "levi_fast", "bench", "step", "--device", "cpu", "--backbone", "tiny"]
+    ran = subprocess.run(
+        [*command, "--peers", "lora", "--seconds", "0.01"], capture_output=True, text=True, check=True
+    )
+    assert ran.stderr.splitlines() == ["step tiny 4 x 16 float32"]
