@@ -50,7 +50,7 @@ def test_head_is_exported_without_the_backbone(
     levi_fast: Run, train_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert levi_fast(*train_arguments)[0] == 0
-    monkeypatch.setattr("levi_fast.modeling.load_backbone", lambda *_, **__: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr("levi_fast.saving.load_backbone", lambda *_, **__: pytest.fail("the backbone was loaded"))
     file = tmp_path / "head.pt2"
     status, _, err = levi_fast("export", "--model", str(tmp_path / "model"), "--head-only", "--output", str(file))
     assert status == 0, err
