@@ -6,24 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 from pages import RESULTS, read
 
+from levi_fast.bench.plots import pyplot, svg_of
 from levi_fast.report.charts import COLOURS, MARKERS
 from levi_fast.report.tables import METHOD_TITLES
+from levi_fast.storage import write_atomic
 
-# Text stays text, and the same figures give the same file.
-matplotlib.use("svg")
-plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "levi_fast", "font.size": 9, "axes.grid": True,
-                     "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})  # fmt: skip
+plt = pyplot()
 _SIZES = ("levi", "taps-only", "linear-probe", "task-model")
 
 
 def draw(folder: Path) -> None:
     """Every plot whose results are there, as SVG files in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("frozen", "all", "digits"):
+    for name in ("frozen", "all", "all-movielens", "digits"):
         if (RESULTS / f"evidence-{name}.json").is_file():
             id_against_ood(read(f"evidence-{name}"), folder / f"{name}.svg")
     found = [p.stem.removeprefix("evidence-ablations-") for p in sorted(RESULTS.glob("evidence-ablations-*.json"))]
@@ -106,5 +103,4 @@ def _points(document: Mapping[str, Any], method: str) -> Sequence[tuple[int, flo
 
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, bbox_inches="tight", facecolor="white", metadata={"Date": None})  # also on a dark page
-    plt.close(figure)
+    write_atomic(path, svg_of(figure))
