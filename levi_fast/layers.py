@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import nn
 
 # Of an encoder-decoder: which stacks of layers are tapped.
@@ -53,9 +53,11 @@ def with_decoder_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
             "decoder_input_ids: expected some, as there are no input_ids to make them from, or the config has no "
             "decoder_start_token_id"
         )
-    shifted = {"decoder_input_ids": torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)}
+    # Padded, then cut: one place shorter, a text of one token would be empty for a moment, and torch.export makes of
+    # an empty tensor a case of its own.
+    shifted = {"decoder_input_ids": F.pad(ids, (1, 0), value=start)[:, : ids.shape[1]]}
     if mask is not None:
-        shifted["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+        shifted["decoder_attention_mask"] = F.pad(mask, (1, 0), value=1)[:, : mask.shape[1]]
     return {**inputs, **shifted}
 
 

@@ -184,7 +184,8 @@ class LeviModel(FolderModel):
         Args:
             labels: [B] int64 classes, [B, C] floats (multi-label), or [B] / [B, C] floats (regression); with
                 ``pooling="token"`` [B, T] int64 classes, -100 where a token has none.
-            taps: [B, sum_l D_l], precomputed (see :meth:`extract_taps`): the backbone is not run.
+            taps: [B, sum_l D_l] ([B, T, sum_l D_l] with ``pooling="token"``), precomputed (see :meth:`extract_taps`):
+                the backbone is not run.
             return_dict: False for a plain tuple.
 
         Raises:
@@ -212,7 +213,7 @@ class LeviModel(FolderModel):
             view = self.task_model(**arguments)
         shape = None  # [B, T] where every token is an example
         if self.config.pooling == "token":
-            shape, view, labels = flat_tokens(given, view, labels)
+            shape, taps, view, labels = flat_tokens(given, taps, view, labels)
         layer_taps = self._taps(given, taps, view)
         asks_zeroed = view is not None and not self.training and any(self.ensemble.tap_widths)
         output: EnsembleOutput = self.ensemble(layer_taps, view, zeroed_view=asks_zeroed)
@@ -234,7 +235,7 @@ class LeviModel(FolderModel):
         return result.to_tuple() if return_dict is False else result
 
     def extract_taps(self, **inputs: Any) -> Tensor:
-        """Run the backbone alone: its taps [B, sum_l D_l] in its dtype, layer after layer.
+        """Run the backbone alone: its taps [B, sum_l D_l] in its dtype, layer by layer; of tokens [B, T, sum_l D_l].
 
         Args:
             **inputs: the backbone's keyword arguments; others are ignored.
@@ -245,8 +246,8 @@ class LeviModel(FolderModel):
         if self.extractor is None:
             raise ValueError("backbone: this model has none to extract taps from")
         accepted = {k: v for k, v in inputs.items() if v is not None and k in self.extractor.input_names}
-        taps = self.extractor(**accepted)
-        return torch.cat(list(taps), dim=1)
+        taps = torch.cat(list(self.extractor(**accepted)), dim=1)
+        return taps.unflatten(0, tuple(inputs["input_ids"].shape)) if self.config.pooling == "token" else taps
 
     def loss(self, output: EnsembleOutput, labels: Tensor) -> Tensor:
         """LEVI's objective on the ensemble's raw outputs; sets ``config.problem_type`` by transformers' rule."""
@@ -270,8 +271,6 @@ class LeviModel(FolderModel):
             if view is None:
                 raise ValueError("view: expected a task model, as taps='none' leaves nothing else")
             return [view.new_empty(view.shape[0], 0)]
-        if taps is not None and self.config.pooling == "token":
-            raise ValueError("taps: pooling='token' takes none that are precomputed")
         if taps is not None and self.training and self.config.backbone_training != "frozen":
             raise ValueError(
                 f"taps: precomputed ones would leave the backbone as it is, and backbone_training is "

@@ -76,7 +76,7 @@ class TapExtractor:
         self.layers = resolve_taps(taps, len(self.blocks))
         if pooling == "token" and self._first_decoder_block is not None:
             raise ValueError("pooling: 'token' is for one stack of layers; a decoder's tokens are moved by one place")
-        self._accepted = _accepted_arguments(self.runner)
+        self._accepted = accepted_arguments(self.runner)
         self._interrupted = modules_above(self.runner, self.blocks[self.layers[-1]])
         self.trained = trained
         if not trained:
@@ -92,9 +92,9 @@ class TapExtractor:
         return name in self._accepted
 
     @property
-    def reads_decoder(self) -> bool:
-        """Whether a decoder's layers are among those that can be tapped."""
-        return self._first_decoder_block is not None
+    def first_decoder_block(self) -> int | None:
+        """Index among ``blocks`` of the decoder's first one; None where none of a decoder's can be tapped."""
+        return self._first_decoder_block
 
     @property
     def input_names(self) -> frozenset[str]:
@@ -271,6 +271,7 @@ def _check_mask(mask: Tensor | None) -> None:
             raise ValueError(f"attention_mask: expected at least one token a row, got only padding in rows {empty}")
 
 
-def _accepted_arguments(module: nn.Module) -> frozenset[str]:
+def accepted_arguments(module: nn.Module) -> frozenset[str]:
+    """Names of the keyword arguments of a module's forward."""
     parameters = inspect.signature(module.forward).parameters.values()
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))

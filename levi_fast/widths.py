@@ -22,11 +22,16 @@ def measure_widths(extractor: TapExtractor) -> list[int]:
     hidden_size = getattr(text, "hidden_size", None)
     if isinstance(hidden_size, int) and not staged:
         return [hidden_size] * len(extractor.layers)
-    inputs = _dummy_inputs(extractor, config)
-    return [tap.shape[1] for tap in extractor(**inputs)]
+    return [tap.shape[1] for tap in extractor(**dummy_inputs(extractor))]
 
 
-def _dummy_inputs(extractor: TapExtractor, config: Any) -> dict[str, torch.Tensor]:
+def dummy_inputs(extractor: TapExtractor) -> dict[str, torch.Tensor]:
+    """The smallest inputs that a backbone runs on: ``pixel_values`` [1, 3, H, W] or ``input_ids`` [1, 4], all zero.
+
+    Raises:
+        ValueError: it takes neither.
+    """
+    config: Any = getattr(extractor.runner, "config", None)
     dtype, device = next(extractor.backbone.parameters(), torch.empty(0)).dtype, input_device(extractor.backbone)
     if extractor.accepts("pixel_values"):
         size = getattr(config, "image_size", None) or 224

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from levi_fast.cache.weights import file_sha256
 from levi_fast.errors import DataError
 from levi_fast.export import formats
 from levi_fast.export.inputs import (
+    BATCH,
+    SEQUENCE,
     InputSpec,
     example_sizes,
     head_inputs,
@@ -71,8 +74,9 @@ def export_model(
         output: the new file, ending in ``.pt2`` (pt2, aoti) or ``.onnx``. Beside it come ``STEM.json`` and, where
             there is any, ``STEM-preprocessing/``; with fused ops ``liblevi_fast.so`` too.
         format: "pt2" (``torch.export.load``), "onnx", or "aoti" (compiled for this kind of CPU by AOTInductor).
-        head_only: taps [L, B, D] (where widths differ [B, sum_l D_l]) and the task model's inputs -> logits; else
-            the whole model, the backbone ending at its last tap.
+        head_only: taps [L, B, D] (where widths differ [B, sum_l D_l]; of a model of tokens [L, B, T, D] or
+            [B, T, sum_l D_l]) and the task model's inputs -> logits; else the whole model, the backbone ending at its
+            last tap.
         ops: "plain" needs nothing but the format's runtime. "fused" keeps the library's own ops, which the host
             loads by ``torch.ops.load_library("liblevi_fast.so")``; not for ONNX.
         verify: run the written file on batches of several sizes and compare its logits with the model's.
@@ -133,8 +137,8 @@ def verified(
         sizes = {**example_sizes(), "batch": batch, "sequence": length}
         arguments = [spec.example(sizes, seed=seed) for spec in inputs]
         given = {spec.name: value for spec, value in zip(inputs, arguments, strict=True)}
-        if "taps" in given and given["taps"].dim() == 3:
-            given["taps"] = given["taps"].transpose(0, 1).flatten(1)
+        if "taps" in given:
+            given["taps"] = as_model_taps(model, given["taps"])
         with torch.no_grad():
             wanted = model(**given).logits.double()
         found = run(arguments).double()
@@ -148,6 +152,12 @@ def verified(
                 f"{length} tokens; at most {tolerance:g} was expected"
             )
     return worst
+
+
+def as_model_taps(model: LeviModel, taps: Tensor) -> Tensor:
+    """A head's taps, [L, B, D] or [L, B, T, D], as ``LeviModel.forward`` takes them: [B, L * D] or [B, T, L * D]."""
+    widths = set(model.ensemble.tap_widths)
+    return taps.movedim(0, -2).flatten(-2) if len(widths) == 1 else taps
 
 
 def _check(model: LeviModel, file: Path, format: str, head_only: bool, ops: str, verify: bool) -> Path:
@@ -170,10 +180,6 @@ def _check(model: LeviModel, file: Path, format: str, head_only: bool, ops: str,
             raise DataError(f"--output: {taken} exists")
     if not head_only and model.config.tap_layers is not None and model.extractor is None:
         raise DataError("model: it was loaded without its backbone; only its head can be exported")
-    if model.config.pooling == "token":
-        raise DataError("model: a model of tokens (pooling='token') cannot be exported")
-    if not head_only and model.extractor is not None and model.extractor.reads_decoder:
-        raise DataError("model: taps of a decoder beside an encoder cannot be traced; export the head (--head-only)")
     if not head_only and model.config.backbone_dtype in QUANTIZED:
         kept = model.config.backbone_dtype
         raise DataError(f"model: an {kept} backbone cannot be traced; export the head alone (--head-only)")
@@ -198,6 +204,7 @@ def _manifest(
     labels = [config.id2label[place] for place in range(config.num_labels)]
     described = [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in inputs]
     dtype = str(model.ensemble.bias.dtype).removeprefix("torch.")
+    by_token = [SEQUENCE] if config.pooling == "token" else []
     return {
         "manifest_version": MANIFEST_VERSION,
         "file": file.name,
@@ -206,7 +213,7 @@ def _manifest(
         "part": "head" if head_only else "model",
         "library": library,
         "inputs": described,
-        "outputs": [{"name": "logits", "dtype": dtype, "shape": ["batch", config.num_labels]}],
+        "outputs": [{"name": "logits", "dtype": dtype, "shape": [BATCH, *by_token, config.num_labels]}],
         "most_tokens": longest if any("sequence" in spec.shape for spec in inputs) else None,
         "labels": labels,
         "problem_type": config.problem_type,

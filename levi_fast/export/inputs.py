@@ -95,7 +95,7 @@ def model_inputs(model: LeviModel) -> list[InputSpec]:
 
 
 def head_inputs(model: LeviModel) -> list[InputSpec]:
-    """Pooled taps, then what the task model reads.
+    """Pooled taps (of a model of tokens, those of every token), then what the task model reads.
 
     Raises:
         DataError: a model without taps.
@@ -105,7 +105,8 @@ def head_inputs(model: LeviModel) -> list[InputSpec]:
         raise DataError("--head-only: this model has no backbone (taps='none'), so that the whole is its head")
     dtype = str(model.ensemble.bias.dtype).removeprefix("torch.")
     equal = len(set(widths)) == 1
-    shape: tuple[int | str, ...] = (len(widths), BATCH, widths[0]) if equal else (BATCH, sum(widths))
+    rows = (BATCH, SEQUENCE) if model.config.pooling == "token" else (BATCH,)
+    shape: tuple[int | str, ...] = (len(widths), *rows, widths[0]) if equal else (*rows, sum(widths))
     return [InputSpec("taps", dtype, shape), *task_inputs(model)]
 
 

@@ -15,6 +15,8 @@ from levi_fast.reference import blend
 class ServingHead(nn.Module):
     """Taps and the task model's inputs -> logits [B, C], blended as the model's config says, in the label's units.
 
+    With ``pooling="token"`` every token is an example, and the logits are [B, T, C].
+
     Args:
         model: in eval mode.
         names: of the task model's inputs, in the order of the arguments behind the taps.
@@ -25,30 +27,49 @@ class ServingHead(nn.Module):
         self.task_model, self.ensemble = model.task_model, model.ensemble
         self.names = list(names)
         config: Any = model.config
+        self.by_token = config.pooling == "token"
         self.blend = float(config.blend)
         scaled = config.problem_type == "regression"
         self.scale = (float(config.target_std), float(config.target_mean)) if scaled else (1.0, 0.0)
 
     def forward(self, taps: Tensor, *inputs: Tensor) -> Tensor:
-        """``taps`` [L, B, D], or [B, sum_l D_l] where the widths differ."""
+        """``taps`` [L, B, D] ([L, B, T, D]), or [B, sum_l D_l] ([B, T, sum_l D_l]) where the widths differ."""
         widths = list(self.ensemble.tap_widths)
-        layers = taps if taps.dim() == 3 else list(taps.split(widths, dim=1))
-        return self.logits(layers, dict(zip(self.names, inputs, strict=True)))
+        equal = len(set(widths)) == 1
+        shape = tuple(taps.shape[1:-1] if equal else taps.shape[:-1])
+        if self.by_token:
+            taps = taps.flatten(1, 2) if equal else taps.flatten(0, 1)
+        layers = taps if equal else list(taps.split(widths, dim=1))
+        return self.logits(layers, dict(zip(self.names, inputs, strict=True)), shape)
 
-    def logits(self, taps: Tensor | Sequence[Tensor], inputs: dict[str, Tensor]) -> Tensor:
-        dtype = self.ensemble.bias.dtype
-        taps = taps.to(dtype) if isinstance(taps, Tensor) else [tap.to(dtype) for tap in taps]
+    def logits(
+        self, taps: Tensor | Sequence[Tensor] | None, inputs: dict[str, Tensor], shape: Sequence[int]
+    ) -> Tensor:
+        """Logits of a batch.
+
+        Args:
+            taps: [L, N, D] or L x [N, D_l], where N is B, or B * T by token; None with ``taps="none"``.
+            inputs: the task model's.
+            shape: of the batch, (B,) or (B, T).
+        """
         view = None if self.task_model is None else self.task_model(**inputs)
+        if view is not None and self.by_token:
+            view = view.flatten(0, 1)
+        dtype = self.ensemble.bias.dtype
+        if taps is None:
+            taps = [cast(Tensor, view).new_empty((cast(Tensor, view).shape[0], 0))]
+        taps = taps.to(dtype) if isinstance(taps, Tensor) else [tap.to(dtype) for tap in taps]
         asks_zeroed = view is not None and self.blend > 0 and any(self.ensemble.tap_widths)
         output = self.ensemble(taps, view, zeroed_view=asks_zeroed)
         if asks_zeroed:
             output = blend(output, self.blend)
         scale, shift = self.scale
-        return cast(Tensor, output.logits if self.scale == (1.0, 0.0) else output.logits * scale + shift)
+        logits = output.logits if self.scale == (1.0, 0.0) else output.logits * scale + shift
+        return cast(Tensor, logits.unflatten(0, tuple(shape)) if self.by_token else logits)
 
 
 class ServingModel(nn.Module):
-    """The whole model: tensors in the order of ``names`` -> logits [B, C].
+    """The whole model: tensors in the order of ``names`` -> logits [B, C], or [B, T, C] by token.
 
     Args:
         model: in eval mode, with its backbone (or one without taps).
@@ -64,8 +85,7 @@ class ServingModel(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         given = dict(zip(self.names, inputs, strict=True))
         task = {name: given[name] for name in self.task_names}
-        if self.backbone is None:  # taps="none": the task model alone
-            first = inputs[0]
-            empty = self.head.ensemble.bias.new_empty((first.shape[0], 0))
-            return self.head.logits([empty], task)
-        return self.head.logits(self.backbone(**given), task)
+        taps = None if self.backbone is None else self.backbone(**given)
+        by_token = self.head.by_token
+        first = given["input_ids"] if by_token else inputs[0]
+        return self.head.logits(taps, task, first.shape[:2] if by_token else first.shape[:1])

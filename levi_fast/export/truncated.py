@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from levi_fast.layers import stack_path
-from levi_fast.taps import TapExtractor, pool
+from levi_fast.layers import with_decoder_inputs
+from levi_fast.taps import TapExtractor, accepted_arguments, pool
+from levi_fast.widths import dummy_inputs
 
 
 class TruncatedBackbone(nn.Module):
-    """Keyword inputs of the backbone -> list of L taps [B, D_l].
+    """Keyword inputs of the backbone -> list of L taps [B, D_l] ([B * T, D_l] with ``pooling="token"``).
 
     Args:
         extractor: of the model to serve; it and its backbone stay as they are.
@@ -27,39 +28,52 @@ class TruncatedBackbone(nn.Module):
     def __init__(self, extractor: TapExtractor) -> None:
         super().__init__()
         self.pooling = extractor.pooling
-        self.names = extractor.input_names
         self.layers = extractor.layers
-        path = stack_path(extractor.runner, extractor.blocks)
-        positions = [_child_name(extractor.runner.get_submodule(path), block) for block in extractor.blocks]
-        self.runner = _structure_copy(extractor.runner)
+        first = extractor.first_decoder_block
+        # A decoder that is not tapped is not run: the encoder is served alone.
+        self.has_decoder = first is not None and self.layers[-1] >= first
+        runner: Any = extractor.runner
+        whole = runner if first is None or self.has_decoder else runner.get_encoder()
+        self.names = accepted_arguments(whole)
+        self._first_decoder_block = first if self.has_decoder else None
+        blocks = extractor.blocks if first is None or self.has_decoder else extractor.blocks[:first]
+        names = {id(module): name for name, module in whole.named_modules()}
+        paths = [names[id(block)] for block in blocks]
+        last = paths[self.layers[-1]]
+        unused = _never_entered(extractor, whole, last)
+        self.runner = _structure_copy(whole)
         self._held: list[Any] = [None]  # what the last tapped layer put out; those above repeat it
-        stack = self.runner.get_submodule(path)
         self._taps: dict[int, Tensor] = {}
-        self._mask: Tensor | None = None
-        for layer, name in enumerate(positions):
+        self._masks: tuple[Tensor | None, Tensor | None] = (None, None)  # the encoder's (or only) one, the decoder's
+        for layer, path in enumerate(paths):
             if layer > self.layers[-1]:
-                stack.register_module(name, _Repeat(self._held, extractor.blocks[layer]))
+                self.runner.set_submodule(path, _Repeat(self._held, blocks[layer]))
             elif layer in self.layers:
-                stack.get_submodule(name).register_forward_hook(self._hook(layer))
-        _replace_after(self.runner, path)
+                self.runner.get_submodule(path).register_forward_hook(self._hook(layer))
+        for path in unused:
+            self.runner.set_submodule(path, _Nothing())
 
     def forward(self, **inputs: Tensor) -> list[Tensor]:
-        accepted: dict[str, Any] = {name: value for name, value in inputs.items() if name in self.names}
+        mask = inputs.get("attention_mask")
+        arguments: dict[str, Any] = with_decoder_inputs(self.runner, inputs) if self.has_decoder else inputs
+        accepted: dict[str, Any] = {name: value for name, value in arguments.items() if name in self.names}
         for name in ("use_cache", "output_hidden_states", "output_attentions"):
             if name in self.names:
                 accepted[name] = False
-        self._mask = inputs.get("attention_mask")
+        self._masks = mask, arguments.get("decoder_attention_mask")
         try:
             self.runner(**accepted)
             return [self._taps[layer] for layer in self.layers]
         finally:
             self._taps.clear()
-            self._held[0] = self._mask = None
+            self._held[0], self._masks = None, (None, None)
 
     def _hook(self, layer: int) -> Any:
+        decoders = self._first_decoder_block is not None and layer >= self._first_decoder_block
+
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output if isinstance(output, Tensor) else output[0]
-            self._taps[layer] = pool(hidden, self._mask, self.pooling)
+            self._taps[layer] = pool(hidden, self._masks[decoders], self.pooling)
             if layer == self.layers[-1]:
                 self._held[0] = output
 
@@ -105,16 +119,31 @@ def _structure_copy(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module, memo)
 
 
-def _child_name(parent: nn.Module, child: nn.Module) -> str:
-    return next(name for name, module in parent.named_children() if module is child)
+def _never_entered(extractor: TapExtractor, runner: nn.Module, last: str) -> list[str]:
+    """Paths of the modules with weights behind the stack of the last tap that no forward up to there calls.
 
-
-def _replace_after(runner: nn.Module, path: str) -> None:
-    """Replace what is registered after the stack, along the path to it: the taps do not see it."""
-    parent = runner
-    for part in filter(None, path.split(".")):
+    Registered behind it is not enough: BART's stacks register the norm of their embeddings there. Modules in front of
+    the stack may be read without being called (tied weights), so that they stay.
+    """
+    behind: dict[str, nn.Module] = {}
+    parent, prefix = runner, ""
+    for part in last.split(".")[:-1]:
         names = [name for name, _ in parent.named_children()]
         for name in names[names.index(part) + 1 :]:
-            if any(True for _ in parent.get_submodule(name).parameters()):
-                parent.register_module(name, _Nothing())
-        parent = parent.get_submodule(part)
+            module = parent.get_submodule(name)
+            if any(True for _ in module.parameters()):
+                behind[prefix + name] = module
+        parent, prefix = parent.get_submodule(part), f"{prefix}{part}."
+    entered: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _inputs, path=path: entered.add(path))
+        for path, module in behind.items()
+    ]
+    try:
+        if behind:
+            with torch.no_grad():
+                extractor(**dummy_inputs(extractor))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [path for path in behind if path not in entered]

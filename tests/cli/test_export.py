@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from levi_fast import LeviConfig, get_levi_model, load_backbone
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -58,6 +60,25 @@ def test_head_is_exported_without_the_backbone(
         torch.randn(3, 1, 16), torch.ones(1, 5, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int64)
     )
     assert logits.shape == (1, 2)
+
+
+def test_a_model_of_tokens_from_its_folder(levi_fast: Run, tiny_bert_dir: str, tmp_path: Path) -> None:
+    spec = {"type": "text", "vocab_size": 50, "embedding_dim": 8, "view_width": 6}
+    names = {0: "OTHER", 1: "GOOD", 2: "BAD"}
+    config = LeviConfig(pooling="token", hidden_width=8, task_model=spec, blend=0.25, id2label=names)
+    torch.manual_seed(0)
+    model = get_levi_model(load_backbone(tiny_bert_dir), config).eval()
+    model.save_pretrained(tmp_path / "model", include_backbone=True)
+    file = tmp_path / "tags.pt2"
+    status, out, err = levi_fast("export", "--model", str(tmp_path / "model"), "--output", str(file))
+    assert status == 0 and "of the model's" in out + err, err
+    manifest = json.loads((tmp_path / "tags.json").read_text())
+    assert manifest["labels"] == list(names.values()) and manifest["outputs"][0]["shape"] == ["batch", "sequence", 3]
+    ids, mask = torch.randint(4, 40, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(torch.export.load(str(file)).module()(ids, mask), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_refusals(levi_fast: Run, tmp_path: Path) -> None:

@@ -74,6 +74,16 @@ def test_taps_are_the_hidden_states(build_backbone: Build) -> None:
     torch.testing.assert_close(taps, torch.stack([state.flatten(0, 1) for state in states]))
 
 
+def test_precomputed_taps_have_a_row_per_token(build_backbone: Build) -> None:
+    model = model_of(build_backbone("bert")).eval()
+    given = {k: v for k, v in batch().items() if k != "labels"}
+    taps = model.extract_taps(**given)
+    assert taps.shape == (3, 7, 48)
+    assert torch.equal(model(**given, taps=taps).logits, model(**given).logits)
+    alone = model_of(build_backbone("bert"), task_model=None).eval()
+    assert torch.equal(alone(taps=taps).logits, alone(**given).logits)  # nothing else need tell the shape
+
+
 def test_what_a_text_is_padded_with_changes_none_of_its_tokens(build_backbone: Build) -> None:
     model = model_of(build_backbone("bert"), task_model={**SPEC, "encoder": "transformer", "num_heads": 2}).eval()
     given = {k: v for k, v in batch().items() if k != "labels"}
@@ -86,8 +96,12 @@ def test_shapes_that_do_not_fit_are_named(build_backbone: Build, tmp_path: Path)
     wrong = {**batch(), "labels": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=r"labels: expected \[3, 7\] int64 classes, got \[3\]"):
         model(**wrong)
-    with pytest.raises(ValueError, match="taps: pooling='token' takes none"):
+    with pytest.raises(
+        ValueError, match=r"taps: expected a row per token, \[3, 7, sum of the widths\], got \[3, 48\]"
+    ):
         model(**batch(), taps=torch.zeros(3, 48))
+    with pytest.raises(ValueError, match=r"taps: expected a row per token, \[3, 7, .* got \[3, 6, 48\]"):
+        model(**batch(), taps=torch.zeros(3, 6, 48))
     with pytest.raises(ValueError, match="task_model: pooling='token' needs a view per token"):
         model_of(build_backbone("bert"), task_model={"type": "tabular", "num_numeric": 2})
 
