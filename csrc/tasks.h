@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -24,10 +25,18 @@ inline int64_t threads_for(double nanoseconds) {
   return useful < threads ? useful : threads;
 }
 
-// run(i) for every i in [0, count), each once, by whichever thread is free. Tasks write disjoint results, so which thread
-// takes which is not seen in them.
+// A thread's part of the tasks, each on a cache line of its own.
+struct alignas(64) Stretch {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// run(i) for every i in [0, count), each once. Every thread begins with a stretch of its own, the same one at each call of
+// the same size: weights it reads and gradients it writes are in its own cache from the step before, not in another
+// core's. Whoever is done helps the others. Tasks write disjoint results, so which thread takes which is not seen in them.
 template <class F>
 void run_tasks(int64_t count, int64_t threads, const F& run) {
+  constexpr int64_t kMost = 64;  // stretches; more threads share them
   if (count < threads) {
     threads = count;
   }
@@ -37,10 +46,18 @@ void run_tasks(int64_t count, int64_t threads, const F& run) {
     }
     return;
   }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      run(i);
+  const int64_t stretches = threads < kMost ? threads : kMost;
+  std::array<Stretch, kMost> all;
+  for (int64_t s = 0; s < stretches; ++s) {
+    all[s].next.store(count * s / stretches, std::memory_order_relaxed);
+    all[s].end = count * (s + 1) / stretches;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    for (int64_t s = 0; s < stretches; ++s) {
+      Stretch& stretch = all[(thread + s) % stretches];
+      for (int64_t i; (i = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
+        run(i);
+      }
     }
   });
 }

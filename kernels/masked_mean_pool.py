@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from levi_fast.kernels import native, registry
 from levi_fast.kernels.registry import (
@@ -28,6 +29,7 @@ from levi_fast.kernels.registry import (
 
 NAME = "masked_mean_pool"
 below_autograd: Any = registry._below_autograd
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _NATIVE_MISSING = native.load().reason  # a constant, so that Dynamo has nothing to trace
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOAT_DTYPES)
@@ -220,6 +222,17 @@ def _cpp_unavailable(device: str) -> str | None:
 
 
 def _run_op(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    # What call() would ask, asked at once: passing through it costs as much as pooling a short sentence.
+    if (
+        not torch.compiler.is_compiling()
+        and type(hidden) is Tensor
+        and not hidden.requires_grad
+        and below_autograd is not None
+        and forward_ad._current_level < 0
+        and not _wrapped(hidden)
+    ):
+        with below_autograd():
+            return _DIRECT(hidden, mask)
     if below_autograd is not None and records_plainly(hidden):
         return _Function.apply(hidden, mask)
     return call(_OP, hidden, mask)
@@ -250,4 +263,5 @@ def masked_mean_pool_into(out: Tensor, hidden: Tensor, mask: Tensor | None = Non
 
 _register()
 _OP = torch.ops.levi_fast.masked_mean_pool.default
+_DIRECT: Any = getattr(_OP, "_op", _OP)  # what OpOverload's own call hands over to
 _BACKWARD_OP = torch.ops.levi_fast.masked_mean_pool_backward.default

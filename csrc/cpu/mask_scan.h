@@ -49,5 +49,38 @@ inline int64_t scan(const Mask& mask, int64_t b, int64_t begin, int64_t end, F t
   }
 }
 
+template <class Word>
+inline int64_t count_words(const Mask& mask, int64_t b, int64_t length) {
+  const int64_t offset = b * mask.stride_b;
+  int64_t kept = 0;
+  if (mask.stride_t == 1 && !mask.floating) {  // the compiler makes vectors of this one
+    for (int64_t t = 0; t < length; ++t) {
+      kept += nonzero<Word>(mask.data, offset + t, false);
+    }
+    return kept;
+  }
+  for (int64_t t = 0; t < length; ++t) {
+    kept += nonzero<Word>(mask.data, offset + t * mask.stride_t, mask.floating);
+  }
+  return kept;
+}
+
+// How many tokens example `b` keeps.
+inline int64_t count_kept(const Mask& mask, int64_t b, int64_t length) {
+  if (mask.data == nullptr) {
+    return length;
+  }
+  switch (mask.itemsize) {
+    case 1:
+      return count_words<uint8_t>(mask, b, length);
+    case 2:
+      return count_words<uint16_t>(mask, b, length);
+    case 4:
+      return count_words<uint32_t>(mask, b, length);
+    default:
+      return count_words<uint64_t>(mask, b, length);
+  }
+}
+
 }  // namespace
 }  // namespace levi_fast

@@ -32,12 +32,21 @@ struct PoolBackward {
   bool stream;         // write around the cache: the result is larger than what the cache could keep
 };
 
-// Pools columns [begin, end) of example `b`; end - begin <= kMaxTile. The order of additions per column depends on the
-// mask alone (not on the tile, the instruction set or the number of threads), so all of them give the same bits.
-using PoolForwardFn = void (*)(const PoolForward& args, int64_t b, int64_t begin, int64_t end);
+// Columns [begin, end) of example `b`; end - begin <= kMaxTile.
+struct PoolUnit {
+  int64_t b;
+  int64_t begin;
+  int64_t end;
+};
+
+// Pools one unit. `next` is what the same thread pools after it (its first rows are asked for early), or null. The order
+// of additions per column depends on the mask alone (not on the unit, the instruction set or the number of threads), so
+// all of them give the same bits.
+using PoolForwardFn = void (*)(const PoolForward& args, const PoolUnit& unit, const PoolUnit* next);
 
 struct PoolForwardTable {
   PoolForwardFn by_dtype[kDtypeCount];
+  int64_t (*kept)(const Mask& mask, int64_t b, int64_t length);  // tokens that example `b` keeps
 };
 
 // `isa` must be compiled in (isa_compiled).

@@ -3,5 +3,5 @@
 #include "masked_mean_pool_forward.h"
 
 namespace levi_fast {
-extern const PoolForwardTable kPoolForwardAvx512 = make_table<Widths<Avx512, Avx2, One<float>>>();
+extern const PoolForwardTable kPoolForwardAvx512 = make_table<Widths<Avx512Pair, Avx512, Avx2, One<float>>>();
 }  // namespace levi_fast

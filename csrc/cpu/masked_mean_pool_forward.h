@@ -1,9 +1,12 @@
 // The forward kernel, written once over the vector types of vec.h and compiled once per instruction set.
 //
-// A memory-bound sum: each kept row is read once into fp32 accumulators that stay in L1. Eight rows
-// are added per pass over the accumulators, so these cost one load and one store for eight row loads. Sums are taken
-// over 64 rows, then over 64 such sums, then over those: the rounding error grows with the depth of that tree instead
-// of with T, as in PyTorch's own sum.
+// A memory-bound sum: each kept row is read once into fp32 accumulators that stay in registers or in L1. Eight rows are
+// added one after another, then eight such sums, then 64 of those, then the rest: the rounding error grows with the depth
+// of that tree instead of with T, as in PyTorch's own sum.
+//
+// What costs most are not the additions but the ends: where an example's kept rows end, the hardware has asked for lines
+// past them that nobody needs, and the next example starts with page walks and misses. So rows are read in address order
+// where that pays, and the rows that come next, the next example's among them, are asked for in time.
 #pragma once
 
 #include "mask_scan.h"
@@ -18,28 +21,34 @@ constexpr int kBlocksPerLevel = 64;
 constexpr int kGroupRows = 8;
 constexpr int kLineBytes = 64;
 
-// How many groups of eight rows ahead of the sum the next ones are asked for. Measured out of cache on one Zen 4 core,
-// bf16 rows of 384: none 7.6 GB/s, one group 12.5, two 14.5, three or four no better; plain sequential reading 16.5.
-constexpr int kGroupsAhead = 2;
+// How far ahead of the sum the next rows are asked for: 3 KiB, three rows at least. Measured out of cache on two Zen 5
+// cores, rows of 0.75 to 2 KiB: closer is too late where memory is fast, farther crowds out what is being added where it
+// is slow.
+constexpr int kLeastAhead = 3;
+constexpr int kMostAhead = 16;
+constexpr int64_t kBytesAhead = 3072;
 
-// Rows of two-byte numbers are short enough for that to pay. On fp32 the hardware does as well or better: 0.94-1.0 of a
-// plain sum's rate without it, 0.85-0.95 with it (width 384 to 4096, two cores).
-template <class T>
-constexpr bool kReadsAhead = sizeof(T) == 2;
-
-// Where rows lie that will be added soon, one after another; 0 where unknown. A number, not a pointer: it may well point
-// past the tensor, which a prefetch may and a pointer may not.
-using Ahead = uintptr_t;
-
-template <class T>
-inline Ahead ahead_of(const T* rows, int64_t elements = 0) {
-  return reinterpret_cast<Ahead>(rows) + static_cast<Ahead>(elements * static_cast<int64_t>(sizeof(T)));
+constexpr int rows_ahead(int64_t row_bytes) {
+  const int64_t rows = (kBytesAhead + row_bytes - 1) / row_bytes;
+  return static_cast<int>(rows < kLeastAhead ? kLeastAhead : rows > kMostAhead ? kMostAhead : rows);
 }
 
-// Eight interleaved short rows are too much for the hardware's own prefetching, so each step asks for its share of the
-// rows `ahead`, in address order, into L2: asked into L1 they are dropped or crowd out what is being added.
-template <int R, bool kFirst, bool kUnitStride, class W, class T, class Acc>
-inline void add_rows(const T* const* rows, Ahead ahead, int64_t stride_d, int64_t columns, Acc* __restrict acc) {
+// Rows of fp32 that do not fit the registers are added eight at a time: there the hardware alone reads as fast as it does
+// for a plain sum. Two-byte rows are read one at a time, in address order, the later ones asked for.
+template <class T>
+constexpr bool kOneByOne = sizeof(T) == 2;
+
+template <class V, class T>
+inline void ask(const T* p) {
+  for (int byte = 0; byte < V::kWidth * static_cast<int>(sizeof(T)); byte += kLineBytes) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 3);
+  }
+}
+
+// part (+)= R rows; at a group's end the sum goes on into `total` instead, which it starts where kFirst.
+template <int R, bool kBegin, bool kEnd, bool kFirst, bool kUnitStride, class W, class T, class Acc>
+inline void add_rows(const T* const* rows, const T* soon, int64_t stride_d, int64_t columns, Acc* __restrict part,
+                     Acc* __restrict total) {
   const T* r[R];
   for (int i = 0; i < R; ++i) {
     r[i] = rows[i];
@@ -47,80 +56,117 @@ inline void add_rows(const T* const* rows, Ahead ahead, int64_t stride_d, int64_
   for_each_vector(W{}, 0, columns, [&](auto* tag, int64_t j) {
     using V = __typeof__(*tag + *tag);
     const int64_t offset = kUnitStride ? j : j * stride_d;
-    if constexpr (V::kWidth > 1) {
-      if (ahead != 0) {
-        constexpr int kShare = R * V::kWidth * static_cast<int>(sizeof(T));
-        const Ahead share = ahead + static_cast<Ahead>(R * j) * sizeof(T);
-        for (int i = 0; i < kShare; i += kLineBytes) {
-          __builtin_prefetch(reinterpret_cast<const void*>(share + static_cast<Ahead>(i)), 0, 2);
-        }
+    if constexpr (V::kWidth > 1 && kUnitStride && kOneByOne<T>) {
+      if (j * static_cast<int64_t>(sizeof(T)) % kLineBytes == 0) {
+        ask<V>(soon + j);
       }
     }
     V sum = V::load(r[0] + offset);
-    if constexpr (R == 2) {
-      sum = sum + V::load(r[1] + offset);
-    } else if constexpr (R >= 4) {
-      sum = (sum + V::load(r[1] + offset)) + (V::load(r[2] + offset) + V::load(r[3] + offset));
-      if constexpr (R == 8) {
-        sum = sum + ((V::load(r[4] + offset) + V::load(r[5] + offset)) +
-                     (V::load(r[6] + offset) + V::load(r[7] + offset)));
-      }
+    if constexpr (!kBegin) {
+      sum = V::load(part + j) + sum;
     }
-    if constexpr (!kFirst) {
-      sum = V::load(acc + j) + sum;
+    for (int i = 1; i < R; ++i) {
+      sum = sum + V::load(r[i] + offset);
     }
-    sum.store(acc + j);
+    if constexpr (!kEnd) {
+      sum.store(part + j);
+    } else {
+      (kFirst ? sum : V::load(total + j) + sum).store(total + j);
+    }
   });
 }
 
-// Where the R rows lie that come kGroupsAhead groups after `done`: among the block's own, or past its end at `ahead`.
-// Every pass asks for as many rows as it adds, so none is left out, whatever the number of rows.
-template <int R, class T>
-inline Ahead rows_ahead(const T* const* rows, Ahead ahead, int done, int count, int64_t columns) {
-  const int first = done + kGroupsAhead * kGroupRows;
-  const int last = first + R - 1;
-  const Ahead row_bytes = static_cast<Ahead>(columns) * sizeof(T);
-  if (first >= count) {
-    return ahead == 0 ? 0 : ahead + static_cast<Ahead>(first - count) * row_bytes;
+// Row after row of a group; every pass asks for one row that comes `ahead` rows later.
+template <bool kFirst, bool kUnitStride, class W, class T, class Acc>
+inline void add_group(const T* const* rows, int count, int ahead, int64_t stride_d, int64_t columns, Acc* part,
+                      Acc* total) {
+  if (count == 1) {
+    add_rows<1, true, true, kFirst, kUnitStride, W>(rows, rows[ahead], stride_d, columns, part, total);
+    return;
   }
-  if (last < count) {
-    return rows[last] - rows[first] == (R - 1) * columns ? ahead_of(rows[first]) : 0;
+  add_rows<1, true, false, kFirst, kUnitStride, W>(rows, rows[ahead], stride_d, columns, part, total);
+  for (int i = 1; i + 1 < count; ++i) {
+    add_rows<1, false, false, kFirst, kUnitStride, W>(rows + i, rows[i + ahead], stride_d, columns, part, total);
   }
-  for (int i = first; i <= last; ++i) {  // both: two regions, once per block, so not worth spreading over the pass
-    if (i < count || ahead != 0) {
-      const Ahead row = i < count ? ahead_of(rows[i]) : ahead + static_cast<Ahead>(i - count) * row_bytes;
-      for (Ahead byte = 0; byte < row_bytes; byte += kLineBytes) {
-        __builtin_prefetch(reinterpret_cast<const void*>(row + byte), 0, 2);
+  const int last = count - 1;
+  add_rows<1, false, true, kFirst, kUnitStride, W>(rows + last, rows[last + ahead], stride_d, columns, part, total);
+}
+
+template <bool kFirst, bool kUnitStride, class W, class T, class Acc>
+inline void sum_group(const T* const* rows, int count, int ahead, int64_t stride_d, int64_t columns, Acc* part,
+                      Acc* total) {
+  if (!kOneByOne<T> && count == kGroupRows) {
+    add_rows<kGroupRows, true, true, kFirst, kUnitStride, W>(rows, rows[0], stride_d, columns, part, total);
+  } else {
+    add_group<kFirst, kUnitStride, W>(rows, count, ahead, stride_d, columns, part, total);
+  }
+}
+
+#if defined(LEVI_FAST_ISA_AVX512)
+constexpr int kMostPairs = 12;  // 24 of 32 registers
+
+// The same sums for rows that fit the registers: N pairs of vectors.
+template <int N, class T>
+inline void sum_in_registers(const T* const* rows, int count, int ahead, float* __restrict total) {
+  using V = Avx512Pair;
+  for (int done = 0; done < count; done += kGroupRows) {
+    V sum[N];
+#pragma GCC unroll 12
+    for (int n = 0; n < N; ++n) {
+      ask<V>(rows[done + ahead] + n * V::kWidth);
+      sum[n] = V::load(rows[done] + n * V::kWidth);
+    }
+    const int end = done + kGroupRows < count ? done + kGroupRows : count;
+    for (int i = done + 1; i < end; ++i) {
+      const T* row = rows[i];
+      const T* soon = rows[i + ahead];
+#pragma GCC unroll 12
+      for (int n = 0; n < N; ++n) {
+        ask<V>(soon + n * V::kWidth);
+        sum[n] = sum[n] + V::load(row + n * V::kWidth);
       }
     }
-  }
-  return 0;
-}
-
-template <int R, bool kUnitStride, class W, class T, class Acc>
-inline int add_group(const T* const* rows, Ahead ahead, int done, int count, int64_t stride_d, int64_t columns,
-                     Acc* acc) {
-  for (; done + R <= count; done += R) {
-    Ahead soon = 0;
-    if constexpr (kUnitStride && kReadsAhead<T>) {
-      soon = rows_ahead<R>(rows, ahead, done, count, columns);
-    }
-    if (done == 0) {
-      add_rows<R, true, kUnitStride, W>(rows, soon, stride_d, columns, acc);
-    } else {
-      add_rows<R, false, kUnitStride, W>(rows + done, soon, stride_d, columns, acc);
+#pragma GCC unroll 12
+    for (int n = 0; n < N; ++n) {
+      (done == 0 ? sum[n] : V::load(total + n * V::kWidth) + sum[n]).store(total + n * V::kWidth);
     }
   }
-  return done;
 }
 
-// acc = sum of `count` rows, 1 <= count <= kBlockRows. `ahead`: what is read after them, or 0.
+template <int N, class T>
+inline bool try_in_registers(int64_t pairs, const T* const* rows, int count, int ahead, float* total) {
+  if constexpr (N > kMostPairs) {
+    return false;
+  } else {
+    if (pairs == N) {
+      sum_in_registers<N>(rows, count, ahead, total);
+      return true;
+    }
+    return try_in_registers<N + 1>(pairs, rows, count, ahead, total);
+  }
+}
+#endif
+
+// total = sum of `count` rows, 1 <= count <= kBlockRows; behind them in `rows` stand `ahead` more that come after.
 template <bool kUnitStride, class W, class T, class Acc>
-inline void sum_block(const T* const* rows, Ahead ahead, int count, int64_t stride_d, int64_t columns, Acc* acc) {
-  int done = add_group<kGroupRows, kUnitStride, W>(rows, ahead, 0, count, stride_d, columns, acc);
-  done = add_group<4, kUnitStride, W>(rows, ahead, done, count, stride_d, columns, acc);
-  done = add_group<2, kUnitStride, W>(rows, ahead, done, count, stride_d, columns, acc);
-  add_group<1, kUnitStride, W>(rows, ahead, done, count, stride_d, columns, acc);
+inline void sum_block(const T* const* rows, int count, int ahead, int64_t stride_d, int64_t columns, Acc* part,
+                      Acc* total) {
+#if defined(LEVI_FAST_ISA_AVX512)
+  if constexpr (kUnitStride && sizeof(Acc) == sizeof(float)) {
+    constexpr int64_t kPair = Avx512Pair::kWidth;
+    if (columns % kPair == 0 && try_in_registers<1>(columns / kPair, rows, count, ahead, total)) {
+      return;
+    }
+  }
+#endif
+  for (int done = 0; done < count; done += kGroupRows) {
+    const int n = count - done < kGroupRows ? count - done : kGroupRows;
+    if (done == 0) {
+      sum_group<true, kUnitStride, W>(rows, n, ahead, stride_d, columns, part, total);
+    } else {
+      sum_group<false, kUnitStride, W>(rows + done, n, ahead, stride_d, columns, part, total);
+    }
+  }
 }
 
 // to = from where `first`, to += from elsewhere.
@@ -133,35 +179,54 @@ inline void fold(bool first, const Acc* __restrict from, Acc* __restrict to, int
   });
 }
 
+// Appends the kept rows of example `b` from row t on until `rows` holds `most`; returns where it stopped.
+template <class T>
+inline int64_t gather(const PoolForward& args, int64_t b, int64_t t, int64_t column, int most, const T** rows,
+                      int* count) {
+  const T* base = static_cast<const T*>(args.hidden) + b * args.stride_b + column * args.stride_d;
+  int n = *count;
+  t = scan(args.mask, b, t, args.length, [&](int64_t row, bool keep) {
+    rows[n] = base + row * args.stride_t;
+    n += keep;
+    return n < most;
+  });
+  *count = n;
+  return t;
+}
+
 template <bool kUnitStride, class W, class T, class Acc>
-inline void pool_columns(const PoolForward& args, int64_t b, int64_t begin, int64_t end) {
+inline void pool_columns(const PoolForward& args, const PoolUnit& unit, const PoolUnit* next) {
   alignas(64) Acc level[3][kMaxTile];
-  const int64_t columns = end - begin;
-  const T* base = static_cast<const T*>(args.hidden) + b * args.stride_b + begin * args.stride_d;
-  T* out = static_cast<T*>(args.out) + b * args.width + begin;
+  alignas(64) Acc part[kMaxTile];
+  const int64_t b = unit.b, columns = unit.end - unit.begin;
+  const int ahead = rows_ahead(columns * static_cast<int64_t>(sizeof(T)));
+  T* out = static_cast<T*>(args.out) + b * args.width + unit.begin;
 
   int64_t kept = 0;
   int blocks = 0;         // 64-row sums folded into level 1 since it was last emptied
   bool top_used = false;  // level 2 holds something
   int64_t t = 0;
   while (t < args.length) {
-    const T* rows[kBlockRows];
+    const T* rows[kBlockRows + kMostAhead + 1];  // scan() writes one past the last it keeps
     int count = 0;
-    t = scan(args.mask, b, t, args.length, [&](int64_t row, bool keep) {
-      rows[count] = base + row * args.stride_t;
-      count += keep;
-      return count < kBlockRows;
-    });
+    t = gather(args, b, t, unit.begin, kBlockRows, rows, &count);
     if (count == 0) {
       break;  // the rest is masked: scan stops early only on a full block
     }
     kept += count;
-    // A guess that can only cost a little bandwidth: the next block's rows, or the next example's, follow one another.
-    Ahead ahead = 0;
-    if (kReadsAhead<T> && args.stride_t == columns && (t < args.length || b + 1 < args.batch)) {
-      ahead = ahead_of(base, t < args.length ? t * args.stride_t : args.stride_b);
+    int known = count;
+    if constexpr (kUnitStride) {
+      if (t < args.length) {
+        gather(args, b, t, unit.begin, count + ahead, rows, &known);
+      }
+      if (next != nullptr && known < count + ahead) {
+        gather(args, next->b, 0, next->begin, count + ahead, rows, &known);
+      }
     }
-    sum_block<kUnitStride, W>(rows, ahead, count, args.stride_d, columns, level[0]);
+    for (const T* last = rows[known - 1]; known < count + ahead; ++known) {
+      rows[known] = last;
+    }
+    sum_block<kUnitStride, W>(rows, count, ahead, args.stride_d, columns, part, level[0]);
     fold<W>(blocks == 0, level[0], level[1], columns);
     if (++blocks == kBlocksPerLevel) {
       fold<W>(!top_used, level[1], level[2], columns);
@@ -187,11 +252,11 @@ inline void pool_columns(const PoolForward& args, int64_t b, int64_t begin, int6
 }
 
 template <class W, class T, class Acc>
-void pool_forward(const PoolForward& args, int64_t b, int64_t begin, int64_t end) {
+void pool_forward(const PoolForward& args, const PoolUnit& unit, const PoolUnit* next) {
   if (args.stride_d == 1) {
-    pool_columns<true, W, T, Acc>(args, b, begin, end);
+    pool_columns<true, W, T, Acc>(args, unit, next);
   } else {
-    pool_columns<false, Widths<One<Acc>>, T, Acc>(args, b, begin, end);
+    pool_columns<false, Widths<One<Acc>>, T, Acc>(args, unit, next);
   }
 }
 
@@ -199,7 +264,8 @@ void pool_forward(const PoolForward& args, int64_t b, int64_t begin, int64_t end
 template <class W>
 constexpr PoolForwardTable make_table() {
   return {{&pool_forward<W, float, float>, &pool_forward<W, bf16, float>, &pool_forward<W, f16, float>,
-           &pool_forward<Widths<One<double>>, double, double>}};
+           &pool_forward<Widths<One<double>>, double, double>},
+          &count_kept};
 }
 
 }  // namespace

@@ -130,16 +130,21 @@ def pooling_row(
 ) -> dict[str, Any]:
     """Forward, see :class:`Case`.
 
-    The roofline is a plain sum over as many bytes as the mask keeps, of the same tensors, in the same rounds.
+    The roofline is a plain sum over as many bytes as the mask keeps, of the same tensors, in the same rounds, from one
+    stretch of memory. What is to be read lies in B stretches, with padding between them: ``plain_sum_fraction`` is
+    what a plain sum over as many bytes in B stretches reaches of the roofline.
     """
     case = Case(shape, dtype, cold, False, peers)
     errors = case.check()
-    flat = [values.flatten().view(torch.float32)[: case.kept_bytes // 4] for values in case.hidden]
+    words = [values.flatten().view(torch.float32) for values in case.hidden]
+    flat = [values[: case.kept_bytes // 4] for values in words]
+    rows = [values.view(shape[0], -1)[:, : case.kept_bytes // 4 // shape[0]] for values in words]
     contenders: dict[str, Callable[[int], float]] = {name: partial(case.run, name) for name in case.calls}
     contenders["plain-read"] = lambda i: timed(lambda: flat[i % len(flat)].sum())
+    contenders["plain-rows"] = lambda i: timed(lambda: rows[i % len(rows)].sum())
     with torch.no_grad():
         times = interleaved(contenders, seconds, 30)
-    found = compared(times, also=("plain-read",))
+    found = compared(times, also=("plain-read", "plain-rows"))
     needed = case.bytes()
     return {
         "case": {**dict(zip(AXES, shape, strict=True)), "input": "cold" if cold else "warm"},
@@ -149,6 +154,7 @@ def pooling_row(
         "bytes_needed": needed,
         "gigabytes_per_second": round(needed / found["median_us"]["ours"] / 1e3, 2),
         "fraction_of_roofline": round(found["median_us"]["plain-read"] / found["median_us"]["ours"], 3),
+        "plain_sum_fraction": round(found["median_us"]["plain-read"] / found["median_us"]["plain-rows"], 3),
         "max_error": errors,
     }
 

@@ -19,7 +19,9 @@ void run_forward(Isa isa, const PoolForward& args, int64_t batch, int64_t tile) 
   const PoolForwardFn kernel = pool_forward_table(isa).by_dtype[static_cast<int>(Traits<T>::dtype)];
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t begin = 0; begin < args.width; begin += tile) {
-      kernel(args, b, begin, begin + tile < args.width ? begin + tile : args.width);
+      const PoolUnit unit{b, begin, begin + tile < args.width ? begin + tile : args.width};
+      const PoolUnit next{b + 1, begin, unit.end};
+      kernel(args, unit, b + 1 < batch ? &next : nullptr);
     }
   }
 }
