@@ -130,8 +130,8 @@ def pooling_row(
 ) -> dict[str, Any]:
     """Forward, see :class:`Case`.
 
-    The roofline is a plain sum over as many bytes as the mask keeps, of the same tensors, in the same rounds, from one
-    stretch of memory. What is to be read lies in B stretches, with padding between them: ``plain_sum_fraction`` is
+    The roofline is a plain sum over as many bytes as the mask keeps, of the same tensors, in the same rounds, from
+    one stretch of memory. What is to be read lies in B stretches, padding between them: ``plain_sum_fraction`` is
     what a plain sum over as many bytes in B stretches reaches of the roofline.
     """
     case = Case(shape, dtype, cold, False, peers)
