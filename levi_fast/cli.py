@@ -204,8 +204,8 @@ def train(
     loop: Annotated[
         str,
         typer.Option(
-            help="trainer (transformers' Trainer), lean (same results, faster on precomputed taps; one process), or "
-            "auto: lean where that is worth it.",
+            help="trainer (transformers' Trainer), lean (same results, faster on precomputed taps), or auto: lean "
+            "where that is worth it.",
             rich_help_panel=TRAINING,
         ),
     ] = "auto",

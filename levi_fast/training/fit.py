@@ -120,8 +120,7 @@ def fit(
         validation: the same of ID validation data.
         options: see :class:`TrainingOptions`.
         loop: ``"trainer"``: transformers' Trainer; ``"lean"``: the loop of :mod:`levi_fast.training.lean`, with the
-            same results; ``"auto"``: lean, but Trainer where the backbone runs in every step or there are several
-            processes.
+            same results; ``"auto"``: lean, but Trainer where the backbone runs in every step.
         checkpoints: where to write checkpoints, and to go on from if there are any; by the lean loop.
         alone: each of torchrun's processes trains a model of its own.
         on_epoch: called after every epoch; after going on from a checkpoint, for the epochs before it too.
@@ -147,13 +146,13 @@ def fit(
         with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
             rows_per_step = options.batch_size * (1 if alone else _processes())
             arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // rows_per_step))
-            lean_serves = (not runs_backbone or checkpoints is not None) and not _is_distributed()
+            lean_serves = not runs_backbone or checkpoints is not None
             with train.only(model.reads), validation.only(model.reads):
                 if loop == "lean" or (loop == "auto" and lean_serves):
                     kept = None
                     if checkpoints is not None:
                         kept = Checkpoints(checkpoints, _run_of(model, train, validation, options))
-                    train_lean(model, train, validation, arguments, best, kept, backbone_rate)
+                    train_lean(model, train, validation, arguments, best, kept, backbone_rate, alone)
                 else:
                     train_with_trainer(model, train, validation, arguments, best, backbone_rate)
     finally:
@@ -165,10 +164,8 @@ def check_loop(loop: str, *, with_checkpoints: bool = False) -> None:
     """Raise DataError unless ``loop`` is known and can serve."""
     if loop not in LOOPS:
         raise DataError(f"--loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
-    if loop == "lean" and _is_distributed():
-        raise DataError("--loop lean: trains in one process, and torchrun started several; use --loop trainer")
-    if with_checkpoints and (loop == "trainer" or _is_distributed()):
-        raise DataError("--checkpoints: written by the lean loop alone, in one process; leave out --loop trainer")
+    if with_checkpoints and loop == "trainer":
+        raise DataError("--checkpoints: written by the lean loop alone; leave out --loop trainer")
 
 
 def _run_of(
@@ -191,18 +188,15 @@ def rows_and_options(train: EncodedDataset, validation: EncodedDataset, options:
     """The part of what makes a run that is known before a backbone has run."""
     return {
         **{f"option {name}": value for name, value in dataclasses.asdict(options).items()},
+        "processes": _processes(),
         "training rows": train.content_digest()[:16],
         "validation rows": validation.content_digest()[:16],
     }
 
 
 def _processes() -> int:
-    """How many processes torchrun, or accelerate, started: Trainer gives each a batch of every step."""
+    """How many processes torchrun, or accelerate, started: each gets a batch of every step."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _is_distributed() -> bool:
-    return _processes() > 1
 
 
 def train_with_trainer(

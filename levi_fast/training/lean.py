@@ -2,8 +2,9 @@
 
 A step on cached taps takes a few milliseconds, and Trainer's bookkeeping about as much again. This loop draws the
 same rows in the same order and the same random numbers, uses the same optimizer and schedule, and so ends with the
-same bits (fp32, on the CPU). It knows one device and no gradient accumulation. With checkpoints it goes on where an
-earlier process was killed, again with the same bits.
+same bits (fp32, on the CPU, in one process or two: a sum over more has an order). It knows one device a process and
+no gradient accumulation. With checkpoints it goes on where an earlier run was killed, with the same bits however many
+processes there are.
 
 There is no CUDA graph: it would need a GPU to be tested on.
 """
@@ -25,6 +26,7 @@ from levi_fast.training.best_epoch import BestEpoch
 from levi_fast.training.checkpoints import Checkpoints, TrainingState
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 from levi_fast.training.prefetch import prefetched, resident
+from levi_fast.training.replicas import Replicas, moving_buffers, trained
 
 # Of a scheduler: the rest follows from the options.
 SCHEDULER_STATE = ("last_epoch", "_step_count", "_last_lr", "base_lrs")
@@ -38,8 +40,9 @@ def train_lean(
     best: BestEpoch,
     checkpoints: Checkpoints | None = None,
     backbone_learning_rate: float | None = None,
+    alone: bool = False,
 ) -> None:
-    """Train a model in place, scoring every epoch.
+    """Train a model in place, scoring every epoch; among the processes of its launch, unless ``alone``.
 
     Taps that are memory-mapped are read into memory first where they fit; otherwise a background thread gathers the
     next batches while a step computes. Without taps the backbone runs in every step.
@@ -52,9 +55,12 @@ def train_lean(
         best: takes in every epoch's scores.
         checkpoints: written to, and gone on from where there is one already.
         backbone_learning_rate: of a backbone that is trained.
+        alone: others that ``torchrun`` started train models of their own.
     """
-    device = next(p for p in model.parameters() if p.requires_grad).device
-    per_epoch = -(-len(train) // arguments.per_device_train_batch_size)
+    parameters, buffers = trained(model), moving_buffers(model)
+    device = parameters[0].device
+    replicas = Replicas() if alone else Replicas.of(arguments, device)
+    per_epoch = replicas.steps(len(train), arguments.per_device_train_batch_size)
     epochs = int(arguments.num_train_epochs)
     optimizer = make_optimizer(model, arguments, backbone_learning_rate)
     scheduler = get_scheduler(
@@ -63,25 +69,29 @@ def train_lean(
         num_warmup_steps=arguments.get_warmup_steps(per_epoch * epochs),
         num_training_steps=per_epoch * epochs,
     )
-    run = Resumable(model, optimizer, scheduler, best, device)
+    replicas.begin_alike(model)
+    if replicas.rank:  # all were seeded alike, to begin with the same model; their dropout is to differ
+        torch.manual_seed(arguments.seed + replicas.rank)
+    run = Resumable(model, optimizer, scheduler, best, device, replicas)
     first_epoch, done = (0, 0) if checkpoints is None else run.resume(checkpoints)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with resident(train), resident(validation):
         for epoch in range(first_epoch, epochs):
             model.train()
-            for step, batch in enumerate(epoch_batches(train, arguments, epoch, device, done), done + 1):
+            for step, batch in enumerate(epoch_batches(train, arguments, epoch, replicas, done), done + 1):
+                replicas.follow(buffers)
                 model(**batch).loss.backward()
+                replicas.average_gradients(parameters)
                 if arguments.max_grad_norm > 0:
                     clip_gradients(parameters, arguments.max_grad_norm)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
                 if checkpoints is not None and checkpoints.due(step, per_epoch, epoch * per_epoch + step):
-                    checkpoints.save(run.state(epoch, step), epoch * per_epoch + step)
-            best.record(score_epoch(model, validation, best, device), model)
+                    run.save(checkpoints, epoch, step, epoch * per_epoch + step)
+            best.record(score_epoch(model, validation, best, replicas), model)
             done = 0
             if checkpoints is not None:
-                checkpoints.save(run.state(epoch + 1, 0), (epoch + 1) * per_epoch)
+                run.save(checkpoints, epoch + 1, 0, (epoch + 1) * per_epoch)
 
 
 class Resumable:
@@ -94,27 +104,35 @@ class Resumable:
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         best: BestEpoch,
         device: torch.device,
+        replicas: Replicas,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.best, self.device = best, device
+        self.best, self.device, self.replicas = best, device, replicas
 
-    def state(self, epoch: int, step: int) -> TrainingState:
-        """The content of a checkpoint after ``step`` steps of ``epoch``."""
+    def save(self, checkpoints: Checkpoints, epoch: int, step: int, steps_done: int) -> None:
+        """Write a checkpoint after ``step`` steps of ``epoch``; called by all processes, written by the first."""
+        generators = {"cpu": self.replicas.gather_states(torch.get_rng_state())}
+        if self.device.type == "cuda":
+            generators["cuda"] = self.replicas.gather_states(torch.cuda.get_rng_state(self.device))
+        if self.replicas.rank == 0:
+            checkpoints.save(self.state(epoch, step, generators), steps_done)
+
+    def state(self, epoch: int, step: int, generators: dict[str, list[Tensor]]) -> TrainingState:
+        """The content of a checkpoint; of the processes only the random generators differ."""
         scores, weights = self.best.state()
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors.update({f"best.{name}": value for name, value in weights.items()})
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
-        tensors["generator.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["generator.cuda"] = torch.cuda.get_rng_state(self.device)
+        for kind, states in generators.items():
+            tensors.update({f"generator.{kind}.{rank}": state for rank, state in enumerate(states)})
         known = self.scheduler.state_dict()
         scores["scheduler"] = {name: known[name] for name in SCHEDULER_STATE}
         return TrainingState(epoch, step, tensors, scores)
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, int]:
         """Go on from the newest checkpoint, if there is one; the epoch and the step in it that are next."""
-        state = checkpoints.newest()
+        state = self.replicas.read_alike(checkpoints.newest)
         if state is None:
             return 0, 0
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "generator": {}}
@@ -133,9 +151,10 @@ class Resumable:
             group["lr"] = rate
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.scheduler.load_state_dict(scheduler)
-        torch.set_rng_state(parts["generator"]["cpu"])
+        rank = self.replicas.rank
+        torch.set_rng_state(parts["generator"][f"cpu.{rank}"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(parts["generator"]["cuda"], self.device)
+            torch.cuda.set_rng_state(parts["generator"][f"cuda.{rank}"], self.device)
         return state.epoch, state.step
 
 
@@ -171,34 +190,39 @@ def epoch_rows(size: int, seed: int, epoch: int) -> Tensor:
 
 
 def epoch_batches(
-    dataset: EncodedDataset, arguments: TrainingArguments, epoch: int, device: torch.device, done: int = 0
+    dataset: EncodedDataset, arguments: TrainingArguments, epoch: int, replicas: Replicas, done: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """An epoch's shuffled batches on a device, but for the first ``done``, which an earlier process has seen."""
+    """An epoch's shuffled batches of this process, but for the first ``done``, which an earlier one has seen."""
     if done == 0:
         _draw_as_a_data_loader()
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    chunks = epoch_rows(len(dataset), seed, epoch).split(arguments.per_device_train_batch_size)
+    chunks = replicas.rows(epoch_rows(len(dataset), seed, epoch), arguments.per_device_train_batch_size)
     for batch in prefetched(dataset, chunks[done:]):
-        yield {name: value.to(device) for name, value in batch.items()}
+        yield {name: value.to(replicas.device) for name, value in batch.items()}
 
 
 def score_epoch(
-    model: LeviModel, validation: EncodedDataset, best: BestEpoch, device: torch.device
+    model: LeviModel, validation: EncodedDataset, best: BestEpoch, replicas: Replicas
 ) -> dict[str, float]:
-    """Scores of the validation rows, in the batches that every evaluation of a head takes."""
+    """Scores of the validation rows, in the batches of every evaluation of a head; the same in all processes."""
     _draw_as_a_data_loader()
     model.eval()
-    logits, without_view = [], []
+    logits: list[Tensor] = []
+    without_view: list[Tensor] = []
     with torch.no_grad():
-        for batch in prefetched(validation, torch.arange(len(validation)).split(EVALUATION_BATCH_SIZE)):
+        for batch in prefetched(validation, replicas.rows(torch.arange(len(validation)), EVALUATION_BATCH_SIZE)):
             batch.pop("labels", None)
-            output = model(**{name: value.to(device) for name, value in batch.items()})
-            logits.append(output.logits.float().cpu().numpy())
+            output = model(**{name: value.to(replicas.device) for name, value in batch.items()})
+            logits.append(output.logits.float())
             if output.logits_without_view is not None:
-                without_view.append(output.logits_without_view.float().cpu().numpy())
+                without_view.append(output.logits_without_view.float())
+
+    def whole(parts: list[Tensor]) -> np.ndarray:
+        found: np.ndarray = replicas.gather_predictions(parts, len(validation)).cpu().numpy()
+        return found
+
     assert validation.labels is not None
-    zeroed = np.concatenate(without_view) if without_view else None
-    return best.score(np.concatenate(logits), zeroed, validation.labels.numpy())
+    return best.score(whole(logits), whole(without_view) if without_view else None, validation.labels.numpy())
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,24 +15,14 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
+Launch = Callable[[list[str], int], Any]
 RANK = Path(__file__).with_name("trainer_rank.py")
-WORDS = ["the", "film", "was", "very", "story", "plot", "long", "music"]
-JUDGEMENTS = ["good", "great", "fine", "bad", "poor", "dull"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def launch(arguments: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(TORCHRUN if ranks == 2 else []), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @pytest.fixture
-def train(tiny_bert_dir: str, tmp_path: Path) -> Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+def train(
+    tiny_bert_dir: str, tmp_path: Path, launch: Launch
+) -> Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor]]]:
     def run(name: str, ranks: int, **told: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         folder = tmp_path / name
         folder.mkdir()
@@ -73,7 +61,7 @@ def test_adapters_are_trained_by_two_processes_too(train: Callable[..., Any]) ->
     assert_close(train("one", 1, batch=16, trained="lora"), train("two", 2, batch=8, trained="lora"))
 
 
-def test_a_rank_that_dies_ends_the_job(tiny_bert_dir: str, tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_job(tiny_bert_dir: str, tmp_path: Path, launch: Launch) -> None:
     started = time.monotonic()
     ended = launch([str(RANK), tiny_bert_dir, str(tmp_path), '{"batch": 8, "die": true}'], 2)
     assert ended.returncode != 0 and "exitcode  : 7" in ended.stderr
@@ -81,21 +69,7 @@ def test_a_rank_that_dies_ends_the_job(tiny_bert_dir: str, tmp_path: Path) -> No
     assert not (tmp_path / "end.json").exists()
 
 
-@pytest.fixture
-def command(tiny_bert_dir: str, tmp_path: Path) -> list[str]:
-    words = [*WORDS, *JUDGEMENTS]
-    generator = torch.Generator().manual_seed(0)
-    for name, count in (("train", 80), ("validation", 31), ("new", 27)):
-        drawn = torch.randint(0, 8, (count, 6), generator=generator).tolist()
-        rows = [f"{' '.join(words[w] for w in row)} {words[8 + i % 6]},{'pos' if i % 6 < 3 else 'neg'}" for i, row in
-                enumerate(drawn)]  # fmt: skip
-        (tmp_path / f"{name}.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    files = ["--train", str(tmp_path / "train.csv"), "--validation", str(tmp_path / "validation.csv")]
-    files += ["--ood", f"new={tmp_path / 'new.csv'}", "--text-column", "text", "--label-column", "label"]
-    return ["-m", "levi_fast", "train", *files, "--backbone", tiny_bert_dir, "--hidden-width", "8", "--epochs", "3"]
-
-
-def test_the_command_line_under_torchrun(command: list[str], tmp_path: Path) -> None:
+def test_the_command_line_under_torchrun(command: list[str], tmp_path: Path, launch: Launch) -> None:
     found = {}
     for ranks, batch in ((1, 16), (2, 8)):
         # without a task model nothing is dropped at random
@@ -110,7 +84,7 @@ def test_the_command_line_under_torchrun(command: list[str], tmp_path: Path) -> 
     assert np.isclose(found[1]["ood"]["new"]["log_loss"], found[2]["ood"]["new"]["log_loss"], rtol=1e-4)
 
 
-def test_a_sweep_is_spread_over_processes(command: list[str], tmp_path: Path) -> None:
+def test_a_sweep_is_spread_over_processes(command: list[str], tmp_path: Path, launch: Launch) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text("seed: [1, 2, 3, 4]\n")
     for ranks in (1, 2):  # each process has two workers, which are no ranks themselves

@@ -15,7 +15,7 @@ from levi_fast.errors import DataError, DivergedError
 from levi_fast.modeling import LeviModel
 from levi_fast.training import prefetch
 from levi_fast.training.best_epoch import FitResult
-from levi_fast.training.fit import TrainingOptions, check_loop, fit
+from levi_fast.training.fit import TrainingOptions, fit
 from levi_fast.training.lean import clip_gradients, epoch_rows
 from levi_fast.training.prefetch import prefetched, resident
 
@@ -103,16 +103,6 @@ def test_auto_takes_the_lean_loop_where_the_backbone_is_not_run(
     trained(cached_task(), "auto", epochs=1)
     with pytest.raises(AssertionError, match="Trainer was used"):
         trained(cached_task(), "trainer", epochs=1)
-    monkeypatch.setattr("levi_fast.training.fit._is_distributed", lambda: True)
-    with pytest.raises(AssertionError, match="Trainer was used"):
-        trained(cached_task(), "auto", epochs=1)
-
-
-def test_several_processes_are_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DataError, match="--loop lean: trains in one process, and torchrun started several"):
-        check_loop("lean")
-    check_loop("auto")
 
 
 def test_an_unknown_loop_is_refused(cached_task: Tasks) -> None:
