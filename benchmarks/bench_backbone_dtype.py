@@ -9,6 +9,7 @@ Writes benchmarks/results/backbone_dtype_cpu.json.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 from pathlib import Path
@@ -86,6 +87,7 @@ def main() -> None:
         "sizes": splits.sizes(),
         "seeds": arguments.seeds,
         "machine": machine,
+        "torchao": importlib.metadata.version("torchao"),  # makes the int4 layers
         "rows": rows,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Fill README.md, docs/evidence.md and docs/performance.md from benchmarks/results/: tables, and plots beside them.
+"""Fill README.md and pages of docs/ from benchmarks/results/: tables, and plots beside them.
 
     python benchmarks/document.py
 
@@ -13,7 +13,10 @@ import evidence_tables
 import pages
 import performance_tables
 
-PAGES = (pages.ROOT / "README.md", pages.ROOT / "docs" / "evidence.md", pages.ROOT / "docs" / "performance.md")
+PAGES = (
+    pages.ROOT / "README.md",
+    *(pages.ROOT / "docs" / f"{n}.md" for n in ("evidence", "performance", "large-models")),
+)
 MAKERS = {**evidence_tables.MAKERS, **performance_tables.MAKERS}
 
 

@@ -1,4 +1,4 @@
-"""The tables and plots of docs/performance.md, and README's of speed, from benchmarks/results/."""
+"""The tables and plots of docs/performance.md, and those of speed and size elsewhere, from benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -176,6 +176,21 @@ def package(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def dtypes(document: Mapping[str, Any]) -> str:
+    """Backbones in fewer bits: how far their taps are off, and what that changes in accuracy, seed by seed."""
+    lines = [row(["backbone", "error of its taps", "ID accuracy", "change", "OOD accuracy", "change"])]
+    lines.append(row(["---", "---:", "---:", "---:", "---:", "---:"]))
+    exact = document["rows"][0]["backbone_dtype"]
+    for found in document["rows"]:
+        cells = [f"`{found['backbone_dtype']}`", f"{100 * found['relative_error_of_taps']:.1f}%"]
+        for split in ("id_accuracy", "ood_accuracy"):
+            change, error = (100 * found[f"{split}_change{part}"] for part in ("", "_standard_error"))
+            cells.append(f"{100 * found[split]['mean']:.1f}")
+            cells.append("" if found["backbone_dtype"] == exact else f"{change:+.1f} ± {error:.1f}")
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
 def goals(state: str = "") -> str:
     """Every target, its figure, and whether it is met; what misses it below. ``state``: met, missed or unmeasured."""
     wanted = {"": (True, False, None), "met": (True,), "missed": (False,), "unmeasured": (None,)}[state]
@@ -199,6 +214,7 @@ MAKERS: dict[str, Callable[..., str]] = {
     "epochs": epochs,
     "growth": growth,
     "package": package,
+    "dtypes": dtypes,
     "targets": goals,
 }
 
