@@ -160,6 +160,7 @@ struct Inputs {
     if (!args.linear) {
       check("output_weight", *output_weight, tap_weight, {args.outputs, args.layers, args.first});
       args.output_weight = keep(dense(*output_weight));
+      args.far_outputs = output_weight->numel() * static_cast<int64_t>(output_weight->element_size()) >= kFarBytes;
     }
     if (hidden_keep.has_value() && !args.linear) {
       check_mask("hidden_keep", *hidden_keep, {args.layers, args.batch, args.first});

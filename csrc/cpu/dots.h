@@ -80,14 +80,24 @@ inline void dot_tile(const A* a, int64_t row_a, int64_t jump_a, const T* b, int6
   }
 }
 
+// With `far`, B comes from memory and its next rows are asked for while these multiply.
 template <class A, class T>
 inline void dots(const A* a, int64_t row_a, int64_t jump_a, int64_t rows, const T* b, int64_t row_b, int64_t jump_b,
-                 int64_t n, int64_t depth, int64_t segments, float* c, int64_t row_c) {
+                 int64_t n, int64_t depth, int64_t segments, float* c, int64_t row_c, bool far) {
   constexpr int R = kRows == 6 ? 2 : 4;
+  constexpr int64_t kSize = sizeof(T);
+  const int64_t lines = (depth * kSize + kLineBytes - 1) / kLineBytes, groups = (rows + R - 1) / R;
+  const int64_t share = (lines + groups - 1) / groups * kLineBytes;  // of a row, per group of A's rows
   for (int64_t j = 0; j < n;) {
     const int64_t wide = n - j >= 4 ? 4 : n - j >= 2 ? 2 : 1;
+    const int64_t next = smaller(4, n - j - wide);
     for (int64_t m = 0; m < rows;) {
       const bool full = rows - m >= R;
+      if (far) {
+        const int64_t at = m / R * share;
+        ask_rows(reinterpret_cast<const char*>(b + (j + wide) * row_b) + at, row_b * kSize,
+                 smaller(share, depth * kSize - at), 0, next);
+      }
       const A* x = a + m * row_a;
       const T* y = b + j * row_b;
       float* to = c + m * row_c + j;

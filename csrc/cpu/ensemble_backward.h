@@ -76,7 +76,7 @@ void backward_rows(const EnsembleBackward& args, int64_t layer, int64_t begin, i
     if (!in.linear && args.d[side] != nullptr) {
       float* dh = scratch;  // [rows, first]
       product(dy, outputs, rows, static_cast<const T*>(in.output_weight) + layer * in.first, in.layers * in.first, dh,
-              first, in.first, c, false, false, dh + rows * first);
+              first, in.first, c, false, in.far_outputs, dh + rows * first);
       static constexpr ActivationGradientFn<T> kGradients[] = {
           &activation_gradient<T, 0>, &activation_gradient<T, 1>, &activation_gradient<T, 2>,
           &activation_gradient<T, 3>};
@@ -128,6 +128,64 @@ inline void stream_rows(const float* from, int64_t rows, T* to, int64_t row_to) 
   }
 }
 
+// A right operand up to this size stays in L1 while all row groups pass over it.
+constexpr int64_t kRightBytes = 32 * 1024;
+
+// `rows` rows of A^T d in one pass over the batch. As many columns of d at a time as stay close, row group after row
+// group: so rows are written in long pieces, straight from registers, and the next ones can be asked for. False where the
+// dtypes do not allow that, or in fp32 where not all columns stay close.
+template <class T, class Fill>
+bool whole_weight_rows(const Ensemble& in, Fill fill, const Work<T>* d, int64_t rows, T* out, int64_t row_out,
+                       bool past, float* scratch) {
+  using W = Work<T>;
+  if constexpr (!kSame<T, W>) {
+    return false;  // rounded on their way out: weight_gradient's own panels do that
+  } else {
+    constexpr bool kAsPairs = kSame<W, bf16>;
+    constexpr int64_t kSize = sizeof(T);
+    const int64_t n = in.first, padded = padded_width(n), count = in.batch, pairs = (count + 1) / 2;
+    if (n % kLanes != 0 || (!kAsPairs && count * padded * kSize > kRightBytes)) {
+      return false;
+    }
+    const int64_t fit = kRightBytes / (4 * pairs) / kWide * kWide, block = !kAsPairs || fit > n ? n : fit;
+    const auto soon = [&](int64_t j, int64_t width, int64_t begin) {
+      if (!past) {
+        ask_rows(out + j, row_out * kSize, width * kSize, begin, smaller(begin + kRows, rows));
+      }
+    };
+    soon(0, block, 0);
+    float* panels = scratch;                                        // [pairs, block], where nothing else is by then
+    W* left = reinterpret_cast<W*>(scratch + kWeightRows * padded);  // [count, kWeightRows]
+    uint32_t* pairs_left = reinterpret_cast<uint32_t*>(scratch + kWeightRows * (padded + kDepth));
+    fill(0, 0, count, left);
+    if constexpr (kAsPairs) {
+      pack_pairs_flat(left, kWeightRows, count, pairs_left);
+    }
+    const Out mode = past ? Out::kStream : Out::kSet;
+    for (int64_t j = 0; j < n; j += block) {
+      const int64_t width = smaller(block, n - j);
+      if constexpr (kAsPairs) {
+        pack_pairs(d + j, padded, width, count, reinterpret_cast<uint32_t*>(panels));
+      }
+      for (int64_t m = 0; m < rows; m += kRows) {
+        const int64_t group = smaller(kRows, rows - m);
+        T* to = out + m * row_out + j;
+        soon(j, width, m + kRows);
+        if constexpr (kAsPairs) {
+          product_to_rows(pairs_left + m, 1, kWeightRows, group, reinterpret_cast<uint32_t*>(panels), pairs, to,
+                          row_out, width, mode);
+        } else {
+          product_rows<float>(left + m, 1, kWeightRows, group, d + j, padded, to, row_out, width, count, mode);
+        }
+      }
+    }
+    if (past) {
+      fence_stores();
+    }
+    return true;
+  }
+}
+
 // `rows` rows of sum over `sides` of A^T d. fill(side, first row of the batch, rows, to) makes rows of A, kWeightRows
 // apart; d[side] is [B, padded K]. With `stream`, a result that needs one pass is written past the cache.
 template <class T, class Fill>
@@ -154,6 +212,9 @@ void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* co
       sums = out;
       row_sums = row_out;
     }
+  }
+  if (once && whole_weight_rows(in, fill, d[0], rows, out, row_out, past, scratch)) {
+    return;
   }
   bool more = false;
   for (int side = 0; side < sides; ++side) {
@@ -356,7 +417,7 @@ void backward_sums(const EnsembleBackward& args, GradTask task, int64_t layer, i
       const int64_t view_row = padded_width(in.view_width);
       dots(static_cast<const W*>(args.d[0]) + begin * first, first, in.batch * first, rows,
            static_cast<const T*>(in.view_weight), in.layers * in.first, in.first, in.view_width, in.first, in.layers,
-           scratch, view_row);
+           scratch, view_row, false);
       for (int64_t b = begin; b < end; ++b) {
         T* out = static_cast<T*>(args.view) + b * in.view_width;
         if (in.view_keep != nullptr && !in.view_keep[b]) {
@@ -372,7 +433,7 @@ void backward_sums(const EnsembleBackward& args, GradTask task, int64_t layer, i
       const int64_t width = in.widths[layer], row = padded_width(width);
       dots(tap_side<T>(args) + (offset + begin) * first, first, 0, rows,
            static_cast<const T*>(in.tap_weight) + in.weight_rows[layer] * in.first, in.first, 0, width, in.first, 1,
-           scratch, row);
+           scratch, row, in.far);
       for (int64_t b = begin; b < end; ++b) {
         norm_gradient(in, static_cast<const T*>(in.taps[layer]) + b * in.tap_strides[layer],
                       scratch + (b - begin) * row, width, static_cast<T*>(args.taps[layer]) + b * width);

@@ -48,7 +48,8 @@ void finish_rows(const EnsembleForward& args, int side, int64_t layer, int64_t b
                                                        &activation_rows<T, 2>, &activation_rows<T, 3>};
     kActivations[in.activation](in, layer, begin, end, sums, static_cast<T*>(args.before[side]), hidden);
     const T* weight = static_cast<const T*>(in.output_weight) + layer * in.first;
-    dots(hidden, first, 0, rows, weight, in.layers * in.first, 0, in.outputs, in.first, 1, y, outputs);
+    dots(hidden, first, 0, rows, weight, in.layers * in.first, 0, in.outputs, in.first, 1, y, outputs,
+         in.far_outputs);
     from = y;
     from_row = outputs;
   }

@@ -50,9 +50,19 @@ inline Ahead after(Ahead ahead, int64_t steps) {
   return {ahead.at + static_cast<uintptr_t>(steps * ahead.lines * kLineBytes), ahead.lines};
 }
 
+// Asks for rows [begin, end) that lie `stride` bytes apart; those that are no neighbours, which `plan` cannot express.
+inline void ask_rows(const void* first, int64_t stride, int64_t bytes, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const uintptr_t row = reinterpret_cast<uintptr_t>(first) + static_cast<uintptr_t>(i * stride);
+    for (int64_t at = 0; at < bytes; at += kLineBytes) {
+      __builtin_prefetch(reinterpret_cast<const void*>(row + static_cast<uintptr_t>(at)), 0, 2);
+    }
+  }
+}
+
 // E: float, or uint32_t for a pair of bf16 of neighbouring k (AVX-512 BF16: twice the rate, same fp32 sums).
-template <int R, int N, class E>
-inline void tile(const E* a, int64_t row_a, int64_t step_a, const E* b, int64_t row_b, float* c, int64_t row_c,
+template <int R, int N, class E, class C>
+inline void tile(const E* a, int64_t row_a, int64_t step_a, const E* b, int64_t row_b, C* c, int64_t row_c,
                  int64_t depth, Out out, Ahead ahead) {
   Vf sum[R][N] = {};
   if constexpr (kIsFloat<E>) {
@@ -94,27 +104,36 @@ inline void tile(const E* a, int64_t row_a, int64_t step_a, const E* b, int64_t 
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) {
-      float* to = c + i * row_c + j * kLanes;
-      if (out == Out::kStream) {
-        store_past(sum[i][j], to);
+    if constexpr (!kIsFloat<C>) {  // results of one pass, rounded: never added to
+      C* to = c + i * row_c;
+      if constexpr (N == 2) {
+        out == Out::kStream ? store_past(sum[i][0], sum[i][1], to) : store_two(sum[i][0], sum[i][1], to);
       } else {
-        store(out == Out::kAdd ? load(to) + sum[i][j] : sum[i][j], to);
+        store(sum[i][0], to);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) {
+        float* to = c + i * row_c + j * kLanes;
+        if (out == Out::kStream) {
+          store_past(sum[i][j], to);
+        } else {
+          store(out == Out::kAdd ? load(to) + sum[i][j] : sum[i][j], to);
+        }
       }
     }
   }
 }
 
-template <class E>
-using TileFn = void (*)(const E*, int64_t, int64_t, const E*, int64_t, float*, int64_t, int64_t, Out, Ahead);
+template <class E, class C = float>
+using TileFn = void (*)(const E*, int64_t, int64_t, const E*, int64_t, C*, int64_t, int64_t, Out, Ahead);
 
-template <class E, int N, int R>
-inline TileFn<E> pick_tile(int rows) {
+template <class E, int N, int R, class C = float>
+inline TileFn<E, C> pick_tile(int rows) {
   if constexpr (R == 0) {
     return nullptr;
   } else {
-    return rows == R ? &tile<R, N, E> : pick_tile<E, N, R - 1>(rows);
+    return rows == R ? &tile<R, N, E, C> : pick_tile<E, N, R - 1, C>(rows);
   }
 }
 
@@ -214,9 +233,14 @@ void product(const float* a, int64_t row_a, int64_t rows, const T* b, int64_t ro
       }
     }
     const int64_t panels = (padded + kWide - 1) / kWide;
-    Ahead ahead = plan(far, from + count * row_b, bytes, panels * groups * count);
+    const bool apart = far && row_b != n;
+    Ahead ahead = plan(far && !apart, from + count * row_b, bytes, panels * groups * count);
     for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, groups * count)) {
-      const int64_t width = smaller(kWide, padded - j);
+      const int64_t width = smaller(kWide, padded - j), panel = j / kWide;
+      if (apart) {
+        ask_rows(from + count * row_b, row_b * static_cast<int64_t>(sizeof(T)), n * static_cast<int64_t>(sizeof(T)),
+                 next * panel / panels, next * (panel + 1) / panels);
+      }
       product_rows(a + start, row_a, 1, rows, packing + j * (count + 1), width, c + j, row_c, width, count, out, ahead);
     }
   }

@@ -129,12 +129,29 @@ inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, i
     }
     pack_pairs(from, row_b, n, count, panels);
     const int64_t panel_count = (padded + kWide - 1) / kWide, steps = (rows + kRows - 1) / kRows * pairs;
-    Ahead ahead = plan(far, from + count * row_b, smaller(slice, depth - start - count) * n * 2, panel_count * steps);
+    const int64_t next = smaller(slice, depth - start - count);
+    const bool apart = far && row_b != n;
+    Ahead ahead = plan(far && !apart, from + count * row_b, next * n * 2, panel_count * steps);
     for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, steps)) {
-      const int64_t width = smaller(kWide, padded - j);
+      const int64_t width = smaller(kWide, padded - j), panel = j / kWide;
+      if (apart) {
+        ask_rows(from + count * row_b, row_b * 2, n * 2, next * panel / panel_count, next * (panel + 1) / panel_count);
+      }
       product_rows<uint32_t>(x, row_a / 2, 1, rows, panels + j * (pairs + 1), width, c + j, row_c, width, pairs,
                              more ? Out::kAdd : Out::kSet, ahead);
     }
+  }
+}
+
+// C = A B rounded straight to bf16, all of B's panels (pack_pairs) at hand: row after row of C is written whole. n is a
+// multiple of kLanes.
+inline void product_to_rows(const uint32_t* a, int64_t row_a, int64_t step_a, int64_t rows, const uint32_t* panels,
+                            int64_t pairs, bf16* c, int64_t row_c, int64_t n, Out out) {
+  for (int64_t j = 0; j < n; j += kWide) {
+    const int64_t width = smaller(kWide, n - j);
+    const auto run = width == kWide ? pick_tile<uint32_t, 2, kRows, bf16>(static_cast<int>(rows))
+                                    : pick_tile<uint32_t, 1, kRows, bf16>(static_cast<int>(rows));
+    run(a, row_a, step_a, panels + j * (pairs + 1), width, c + j, row_c, pairs, out, {0, 0});
   }
 }
 

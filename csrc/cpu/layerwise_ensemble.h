@@ -20,7 +20,8 @@ struct Ensemble {
   int64_t view_width;
   bool linear;        // no output layer
   bool normalize;
-  bool far;           // the weights are too large to be in cache when they are read
+  bool far;           // the first layer's weights are too large to be in cache when they are read
+  bool far_outputs;   // the output weights too
   int activation;
   float dropout_scale;  // 1 / (1 - p)
 
