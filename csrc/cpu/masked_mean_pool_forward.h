@@ -33,8 +33,8 @@ constexpr int rows_ahead(int64_t row_bytes) {
   return static_cast<int>(rows < kLeastAhead ? kLeastAhead : rows > kMostAhead ? kMostAhead : rows);
 }
 
-// Rows of fp32 that do not fit the registers are added eight at a time: there the hardware alone reads as fast as it does
-// for a plain sum. Two-byte rows are read one at a time, in address order, the later ones asked for.
+// Rows of fp32 are added eight at a time: there the hardware alone reads as fast as it does for a plain sum, and from the
+// last cache faster than row after row. Two-byte rows are read one at a time, in address order, the later ones asked for.
 template <class T>
 constexpr bool kOneByOne = sizeof(T) == 2;
 
@@ -152,7 +152,7 @@ template <bool kUnitStride, class W, class T, class Acc>
 inline void sum_block(const T* const* rows, int count, int ahead, int64_t stride_d, int64_t columns, Acc* part,
                       Acc* total) {
 #if defined(LEVI_FAST_ISA_AVX512)
-  if constexpr (kUnitStride && sizeof(Acc) == sizeof(float)) {
+  if constexpr (kUnitStride && kOneByOne<T>) {
     constexpr int64_t kPair = Avx512Pair::kWidth;
     if (columns % kPair == 0 && try_in_registers<1>(columns / kPair, rows, count, ahead, total)) {
       return;
