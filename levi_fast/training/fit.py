@@ -120,7 +120,8 @@ def fit(
         validation: the same of ID validation data.
         options: see :class:`TrainingOptions`.
         loop: ``"trainer"``: transformers' Trainer; ``"lean"``: the loop of :mod:`levi_fast.training.lean`, with the
-            same results; ``"auto"``: lean, but Trainer where the backbone runs in every step.
+            same results; ``"auto"``: lean, but Trainer where the backbone runs in every step or several processes
+            train together, unless checkpoints are asked for.
         checkpoints: where to write checkpoints, and to go on from if there are any; by the lean loop.
         alone: each of torchrun's processes trains a model of its own.
         on_epoch: called after every epoch; after going on from a checkpoint, for the epochs before it too.
@@ -145,8 +146,11 @@ def fit(
         # Trainer wants a folder; nothing is kept there, because the best weights stay in memory (they are small).
         with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
             rows_per_step = options.batch_size * (1 if alone else _processes())
-            arguments = _arguments(folder, options, num_steps=options.epochs * -(-len(train) // rows_per_step))
-            lean_serves = not runs_backbone or checkpoints is not None
+            num_steps = options.epochs * -(-len(train) // rows_per_step)
+            # A backbone that is trained whole has weights behind its last tap (BERT's pooler), which get no gradient.
+            arguments = _arguments(folder, options, num_steps, model.config.backbone_training == "full")
+            several = _processes() > 1 and not alone
+            lean_serves = checkpoints is not None or not (runs_backbone or several)
             with train.only(model.reads), validation.only(model.reads):
                 if loop == "lean" or (loop == "auto" and lean_serves):
                     kept = None
@@ -248,7 +252,7 @@ class _Recorder(TrainerCallback):
         self.best.record(scores, kwargs["model"])
 
 
-def _arguments(folder: str, options: TrainingOptions, num_steps: int) -> TrainingArguments:
+def _arguments(folder: str, options: TrainingOptions, num_steps: int, some_unused: bool) -> TrainingArguments:
     device = resolve_device(options.device)
     arguments = TrainingArguments(
         output_dir=folder,
@@ -271,7 +275,7 @@ def _arguments(folder: str, options: TrainingOptions, num_steps: int) -> Trainin
         label_names=["labels"],
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
-        ddp_find_unused_parameters=False,  # every trained parameter has a part in every step
+        ddp_find_unused_parameters=some_unused,  # else every trained parameter has a part in every step
     )
     # Several GPUs would make Trainer split batches over replicas of a model that costs less than the splitting.
     if arguments.n_gpu > 1:

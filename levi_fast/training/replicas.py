@@ -9,7 +9,7 @@ that went on from a checkpoint would differ from one that never stopped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -66,17 +66,22 @@ class Replicas:
                 dist.broadcast(buffer, 0)
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes."""
+        """Replace every gradient by its mean over the processes; one that no process has stays None."""
         if self.size == 1:
             return
+        used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=self.device)
         for parameter in parameters:
             if parameter.grad is None:  # all must exchange the same
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets(parameters):
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).mul_(1 / self.size)
+        gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+        for bucket in _buckets([*gradients, used]):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).mul_(1 / self.size)
             dist.all_reduce(flat)
-            for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-                gradient.copy_(mean.view_as(gradient))
+            for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
+        for parameter, share in zip(parameters, used.tolist(), strict=True):
+            if not share:  # what lies behind the last tap of a backbone that is trained: not to be decayed either
+                parameter.grad = None
 
     def gather_predictions(self, batches: list[Tensor], rows: int) -> Tensor:
         """The predictions [N, C] of ``rows`` rows, from every process's batches of :meth:`rows`, each [b, C]."""
@@ -147,17 +152,15 @@ def _described(state: TrainingState) -> tuple[int, int, dict[str, Any], list[tup
     return state.epoch, state.step, state.scores, kinds
 
 
-def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[Tensor]]:
-    """The gradients in an order that never changes, cut where a bucket is full or the dtype is another."""
+def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors in an order that never changes, cut where a bucket is full or the dtype is another."""
     buckets: list[list[Tensor]] = []
     size = 0
-    for parameter in parameters:
-        gradient = parameter.grad
-        assert gradient is not None
-        bytes_here = gradient.numel() * gradient.element_size()
-        if not buckets or buckets[-1][0].dtype != gradient.dtype or size + bytes_here > BUCKET_BYTES:
+    for tensor in tensors:
+        bytes_here = tensor.numel() * tensor.element_size()
+        if not buckets or buckets[-1][0].dtype != tensor.dtype or size + bytes_here > BUCKET_BYTES:
             buckets.append([])
             size = 0
-        buckets[-1].append(gradient)
+        buckets[-1].append(tensor)
         size += bytes_here
     return buckets

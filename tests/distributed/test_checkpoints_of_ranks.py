@@ -63,7 +63,7 @@ def test_three_processes_go_on_and_other_numbers_of_them_are_refused_alike(
 ) -> None:
     def run(ranks: int, folder: str, result: str, *kill: str) -> subprocess.CompletedProcess[str]:
         where = "-" if folder == "-" else str(tmp_path / folder)
-        return launch([str(SCRIPT), "-", where, str(tmp_path / result), "auto", *kill], ranks)
+        return launch([str(SCRIPT), "-", where, str(tmp_path / result), "lean", *kill], ranks)
 
     whole = run(3, "-", "whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -86,6 +86,20 @@ def test_three_processes_go_on_and_other_numbers_of_them_are_refused_alike(
     ended = run(3, "kept", "result")
     assert ended.returncode == 0 and "going on from" in ended.stdout, ended.stderr[-3000:]
     assert (tmp_path / "result").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_a_backbone_that_is_trained_ends_with_trainers_bits(
+    command: list[str], tmp_path: Path, launch: Launch, trained: str
+) -> None:
+    """Weights behind the last tap get no gradient, in no process: they are neither waited for nor decayed."""
+    if trained == "lora":
+        pytest.importorskip("peft")
+    base = [*command, "--backbone-training", trained, "--epochs", "2", "--batch-size", "4", "--num-threads", "1"]
+    for output, more in (("trainer", []), ("lean", ["--checkpoints", str(tmp_path / "kept"), "--save-steps", "3"])):
+        ended = launch([*base, "--output", str(tmp_path / output), *more], 2)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert files_of(tmp_path / "lean") == files_of(tmp_path / "trainer")
 
 
 def files_of(folder: Path) -> dict[str, Any]:
