@@ -111,11 +111,12 @@ bench: $(STAMP)  ## the CPU's part of the benchmarks, under 30 minutes on two id
 	$(BENCH) step --device cpu --backbone minilm,bert-base,t5-base --batch-size 2,8 --length 32,128 $(SWEPT)
 	$(BENCH) step --device cpu --backbone llama-1b --batch-size 1,4 --length 32,128 $(SWEPT)
 	$(BENCH) step --device cpu --backbone vit-b16 --batch-size 1,8 $(SWEPT)
-	$(BENCH) memory --device cpu --output $(BENCH_OUT)/memory_cpu.json --plots $(BENCH_PLOTS)
+	$(BENCH) memory --device cpu --peers hidden-states,linear-probe,side-network,lora,full \
+		--output $(BENCH_OUT)/memory_cpu.json --plots $(BENCH_PLOTS)
 	$(BENCH) growth --output $(BENCH_OUT)/growth_cpu.json --plots $(BENCH_PLOTS)
 	$(BENCH) epoch --output $(BENCH_OUT)/epochs_cpu.json --plots $(BENCH_PLOTS)
 ifneq ($(MOVIELENS),)
-	$(BENCH) epoch --task-name movielens --data "$(MOVIELENS)" --parts uncached,cached,target \
+	$(BENCH) epoch --task-name movielens --data "$(MOVIELENS)" --parts uncached,cached,target --peers lora \
 		--output $(BENCH_OUT)/epochs_cpu.json --plots $(BENCH_PLOTS)
 endif
 	$(BENCH) package --build --output $(BENCH_OUT)/package_cpu.json
