@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,3 +166,12 @@ def _configured_layers(backbone: nn.Module) -> list[nn.Module]:
     depth = min(d for d, _ in stacks)
     shallowest = [layers for d, layers in stacks if d == depth]
     return shallowest[0] if len(shallowest) == 1 else []
+
+
+def keyword_names(module: nn.Module | None) -> tuple[frozenset[str], bool]:
+    """The names that a module's forward takes, and whether it takes any."""
+    if module is None:
+        return frozenset(), False
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)

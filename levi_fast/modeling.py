@@ -24,6 +24,7 @@ from levi_fast.backbone_training import (
 from levi_fast.backbones import BackboneRecord, backbone_name, load_backbone
 from levi_fast.config import LeviConfig
 from levi_fast.heads import build_head
+from levi_fast.layers import keyword_names
 from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
 from levi_fast.objective import objective_loss
 from levi_fast.offloading import is_placed, leave_backbone_alone
@@ -32,7 +33,7 @@ from levi_fast.reference import blend
 from levi_fast.saving import FolderModel, fingerprint_of
 from levi_fast.taps import TapExtractor
 from levi_fast.tokens import by_token, flat_tokens
-from levi_fast.view import keyword_names, task_model_of, token_spec, view_width_for
+from levi_fast.view import task_model_of, token_spec, view_width_for
 from levi_fast.widths import measure_widths
 
 

@@ -6,7 +6,6 @@ is [B, D] per tap, never [B, T, D]. The forward ends at the last tap; nothing ab
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from levi_fast.functional import masked_mean_pool, masked_mean_pool_into
-from levi_fast.layers import find_stacks, with_decoder_inputs
+from levi_fast.layers import find_stacks, keyword_names, with_decoder_inputs
 from levi_fast.offloading import after_interrupted_forward, modules_above
 from levi_fast.selection import resolve_taps
 
@@ -54,6 +53,8 @@ class TapExtractor:
         runner: the module that is run: the backbone, or its encoder.
         blocks: the runner's whole stack of layers.
         layers: the tapped indices, ascending.
+        first_decoder_block: index among ``blocks`` of the decoder's first one; None where none of a decoder's can be
+            tapped.
 
     Raises:
         ValueError: for an unknown pooling, a tap out of range, or layers that cannot be found.
@@ -72,11 +73,11 @@ class TapExtractor:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.backbone = backbone
         self.pooling = pooling
-        self.runner, self.blocks, self._first_decoder_block = find_stacks(backbone, layers)
+        self.runner, self.blocks, self.first_decoder_block = find_stacks(backbone, layers)
         self.layers = resolve_taps(taps, len(self.blocks))
-        if pooling == "token" and self._first_decoder_block is not None:
+        if pooling == "token" and self.first_decoder_block is not None:
             raise ValueError("pooling: 'token' is for one stack of layers; a decoder's tokens are moved by one place")
-        self._accepted = accepted_arguments(self.runner)
+        self._accepted, _ = keyword_names(self.runner)
         self._interrupted = modules_above(self.runner, self.blocks[self.layers[-1]])
         self.trained = trained
         if not trained:
@@ -90,11 +91,6 @@ class TapExtractor:
     def accepts(self, name: str) -> bool:
         """Whether the backbone's forward takes an argument of this name."""
         return name in self._accepted
-
-    @property
-    def first_decoder_block(self) -> int | None:
-        """Index among ``blocks`` of the decoder's first one; None where none of a decoder's can be tapped."""
-        return self._first_decoder_block
 
     @property
     def input_names(self) -> frozenset[str]:
@@ -121,7 +117,7 @@ class TapExtractor:
         _check_mask(mask)
         arguments = dict(inputs)
         decoder_mask = mask
-        if self._first_decoder_block is not None:
+        if self.first_decoder_block is not None:
             arguments = with_decoder_inputs(self.runner, arguments)
             decoder_mask = arguments.get("decoder_attention_mask")
         for name, value in _KEEP_NOTHING.items():
@@ -149,7 +145,7 @@ class TapExtractor:
         return pooled.result()
 
     def _is_decoders(self, layer: int) -> bool:
-        return self._first_decoder_block is not None and layer >= self._first_decoder_block
+        return self.first_decoder_block is not None and layer >= self.first_decoder_block
 
     def _make_hook(
         self, pooled: _Bank | _Graph, position: int, mask: Tensor | None
@@ -269,9 +265,3 @@ def _check_mask(mask: Tensor | None) -> None:
         empty = ((mask != 0).sum(1) == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"attention_mask: expected at least one token a row, got only padding in rows {empty}")
-
-
-def accepted_arguments(module: nn.Module) -> frozenset[str]:
-    """Names of the keyword arguments of a module's forward."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))

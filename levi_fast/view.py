@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import nn
@@ -50,12 +49,3 @@ def view_width_for(task_model: nn.Module, configured: int) -> int:
             f"task_model: {type(task_model).__name__} has no view_width; set it, or LeviConfig(view_width=...)"
         )
     return int(width)
-
-
-def keyword_names(module: nn.Module | None) -> tuple[frozenset[str], bool]:
-    """The names that a module's forward takes, and whether it takes any."""
-    if module is None:
-        return frozenset(), False
-    parameters = inspect.signature(module.forward).parameters.values()
-    names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -13,8 +13,8 @@ from levi_fast import LeviConfig, reference, swap
 from levi_fast.bench.side_network import SideNetwork
 from levi_fast.errors import DataError
 from levi_fast.kernels import use_backend
+from levi_fast.layers import keyword_names
 from levi_fast.modeling import LeviModel
-from levi_fast.view import keyword_names
 
 BACKBONE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q", "v"))  # what architectures call them

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from levi_fast.errors import DataError
+from levi_fast.layers import keyword_names
 from levi_fast.modeling import LeviModel
-from levi_fast.view import keyword_names
 
 BATCH, SEQUENCE, HISTORY = "batch", "sequence", "history"
 _DTYPES = {"int64": torch.int64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

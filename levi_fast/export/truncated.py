@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from levi_fast.layers import with_decoder_inputs
-from levi_fast.taps import TapExtractor, accepted_arguments, pool
+from levi_fast.layers import keyword_names, with_decoder_inputs
+from levi_fast.taps import TapExtractor, pool
 from levi_fast.widths import dummy_inputs
 
 
@@ -34,7 +34,7 @@ class TruncatedBackbone(nn.Module):
         self.has_decoder = first is not None and self.layers[-1] >= first
         runner: Any = extractor.runner
         whole = runner if first is None or self.has_decoder else runner.get_encoder()
-        self.names = accepted_arguments(whole)
+        self.names, _ = keyword_names(whole)
         self._first_decoder_block = first if self.has_decoder else None
         blocks = extractor.blocks if first is None or self.has_decoder else extractor.blocks[:first]
         names = {id(module): name for name, module in whole.named_modules()}
