@@ -7,12 +7,15 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.table import Table
+from torch import nn
 
 from levi_fast.bench.backbones import BACKBONES, DEFAULT, DTYPES, Backbone, Size
 from levi_fast.bench.memory import step_peak
@@ -143,13 +146,13 @@ def affordable(names: Sequence[str], needed: dict[str, int], free: int) -> tuple
     return tuple(kept), skipped
 
 
-def step_row(name: str, batch: int, length: int, options: StepOptions) -> dict[str, Any]:
+def step_row(name: str, backbone: nn.Module, batch: int, length: int, options: StepOptions) -> dict[str, Any]:
     """One row: the contenders' times, after checking that LEVI's forms agree on the loss."""
     spec, dtype, device = BACKBONES[name], options.dtype_of(name), options.device
     size = spec.size()
     needed = requirements(size, spec, batch, length, dtype)
-    names, skipped = affordable((FLOOR, OURS, *options.peers), needed, free_memory(device))
-    backbone = spec.load(DTYPES[dtype], device)
+    free = free_memory(device) + sum(p.nbytes for p in backbone.parameters())  # which are among what is needed
+    names, skipped = affordable((FLOOR, OURS, *options.peers), needed, free)
     methods = build_methods(names, backbone, spec.config())
     batches = spec.batches(BATCHES, batch, length, device)
     errors = check(methods, batches[0], DTYPES[dtype], spec.final_norm)
@@ -162,7 +165,6 @@ def step_row(name: str, batch: int, length: int, options: StepOptions) -> dict[s
     median = found["median_us"]
     trained = {key: method.trained_parameters() for key, method in methods.items()}
     methods.clear()
-    del backbone
     gc.collect()  # the next row, and the processes that measure memory, need it
     row: dict[str, Any] = {
         "case": {"backbone": name, "batch": batch, "length": length},
@@ -197,12 +199,16 @@ def bench_step(
         WrongResultError: LEVI's forms do not agree on the loss.
     """
     record = Record(output, asdict(options), keep=True)
-    for name, batch, length in options.cases:
-        note(f"step {name} {batch} x {length} {options.dtype_of(name)}")
-        row = step_row(name, batch, length, options)
-        for peer, reason in row["skipped"].items():
-            note(f"  without {peer}: {reason}")
-        record.add("step", row)
+    for name, cases in groupby(options.cases, key=itemgetter(0)):
+        dtype = options.dtype_of(name)
+        backbone = BACKBONES[name].load(DTYPES[dtype], options.device)
+        for _, batch, length in cases:
+            note(f"step {name} {batch} x {length} {dtype}")
+            row = step_row(name, backbone, batch, length, options)
+            for peer, reason in row["skipped"].items():
+                note(f"  without {peer}: {reason}")
+            record.add("step", row)
+        del backbone
     return record.document
 
 

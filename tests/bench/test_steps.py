@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_a_loss_that_differs_is_refused_before_any_time_is_taken(monkeypatch: py
     monkeypatch.setattr(steps, "interleaved", lambda *_: pytest.fail("timed"))
     options = StepOptions(("tiny",), peers=("hidden-states",))
     with pytest.raises(WrongResultError, match="hidden-states: its loss differs from levi's"):
-        step_row("tiny", 4, 16, options)
+        step_row("tiny", BACKBONES["tiny"].load(torch.float32, "cpu"), 4, 16, options)
 
 
 def test_the_last_layer_behind_a_closing_norm_is_the_only_one_left_out() -> None:
@@ -151,8 +152,21 @@ def test_memory_comes_from_processes_of_their_own(tmp_path: Path, monkeypatch: p
         peaks.bench_memory(options, None, parts=("epoch",))
 
 
+class Dies:
+    """Whoever unpickles it ends, as the kernel ends a process that takes too much memory."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+
+def test_a_process_that_is_killed_is_an_error_and_the_next_one_answers() -> None:
+    with pytest.raises(DataError, match=r"memory of .*: its process was killed; out of memory\?"):
+        memory_module.in_own_process({"layers": Dies()})
+    assert memory_module.in_own_process({"layers": 1, "what": "bare", "device": "cpu"})["peak"] > 0
+
+
 def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(DataError, match=r"ended with status 1: .*nothing-like-it"):
+    with pytest.raises(DataError, match=r"its process failed: KeyError: .*nothing-like-it"):
         memory_module.in_own_process(
             {"name": "nothing-like-it", "method": OURS, "batch": 1, "length": 1, "dtype": "float32", "device": "cpu",
              "threads": 1}
