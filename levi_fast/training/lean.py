@@ -44,8 +44,9 @@ def train_lean(
 ) -> None:
     """Train a model in place, scoring every epoch; among the processes of its launch, unless ``alone``.
 
-    Taps that are memory-mapped are read into memory first where they fit; otherwise a background thread gathers the
-    next batches while a step computes. Without taps the backbone runs in every step.
+    Taps are copied to a GPU that trains where they fit there, memory-mapped ones else into memory where they fit;
+    what stays on disk is gathered by a background thread while a step computes. Without taps the backbone runs in
+    every step.
 
     Args:
         model: on its device, its backbone taken off where taps are attached. torch's random generator is where it is
@@ -74,7 +75,7 @@ def train_lean(
         torch.manual_seed(arguments.seed + replicas.rank)
     run = Resumable(model, optimizer, scheduler, best, device, replicas)
     first_epoch, done = (0, 0) if checkpoints is None else run.resume(checkpoints)
-    with resident(train), resident(validation):
+    with resident([train, validation], device):
         for epoch in range(first_epoch, epochs):
             model.train()
             for step, batch in enumerate(epoch_batches(train, arguments, epoch, replicas, done), done + 1):
@@ -198,7 +199,7 @@ def epoch_batches(
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     chunks = replicas.rows(epoch_rows(len(dataset), seed, epoch), arguments.per_device_train_batch_size)
     for batch in prefetched(dataset, chunks[done:]):
-        yield {name: value.to(replicas.device) for name, value in batch.items()}
+        yield _moved(batch, replicas.device)
 
 
 def score_epoch(
@@ -212,7 +213,7 @@ def score_epoch(
     with torch.no_grad():
         for batch in prefetched(validation, replicas.rows(torch.arange(len(validation)), EVALUATION_BATCH_SIZE)):
             batch.pop("labels", None)
-            output = model(**{name: value.to(replicas.device) for name, value in batch.items()})
+            output = model(**_moved(batch, replicas.device))
             logits.append(output.logits.float())
             if output.logits_without_view is not None:
                 without_view.append(output.logits_without_view.float())
@@ -236,6 +237,11 @@ def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> Ten
     if not max_norm / (float(norm) + 1e-6) >= 1.0:  # so that NaN goes on to every gradient, as in torch
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def _moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device; a GPU is not waited for, so that the host gathers the next batch while it computes."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def _draw_as_a_data_loader() -> None:

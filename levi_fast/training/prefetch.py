@@ -1,17 +1,19 @@
-"""Batches of rows whose taps may lie on disk: read into memory where they fit, else gathered ahead by a thread."""
+"""Where taps lie during training: on the GPU or in memory where they fit, else on disk, read ahead by a thread."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor
 
 from levi_fast.data.encoded import EncodedDataset
+from levi_fast.training.device_bank import DeviceTaps, on_device
 
 # Batches gathered ahead: enough to ride out one slow read, few enough to be no memory to speak of.
 DEPTH = 4
@@ -20,14 +22,36 @@ MEMORY_SHARE = 0.5
 
 
 @contextlib.contextmanager
-def resident(dataset: EncodedDataset) -> Iterator[None]:
-    """Have a data set's taps in memory, if they are not and there is room; they are put back afterwards."""
-    taps = dataset.tap_source()
+def resident(datasets: Iterable[EncodedDataset], device: torch.device) -> Iterator[None]:
+    """Have the taps of data sets where their rows are gathered fastest; they are put back afterwards.
+
+    That is on a GPU where they fit there (:func:`levi_fast.training.device_bank.device_room`), else in memory where
+    they fit. Taps that several data sets share are moved once.
+
+    Args:
+        datasets: in the order in which they take their room.
+        device: of the model.
+    """
+    moved: dict[int, Any] = {}  # by what they were: its id is its own, as the data set still holds it
+    with contextlib.ExitStack() as stack:
+        for dataset in datasets:
+            taps = dataset.tap_source()
+            if id(taps) not in moved:
+                moved[id(taps)] = _nearest(taps, device)
+            stack.enter_context(dataset.taps_from(moved[id(taps)]))
+        yield
+
+
+def _nearest(taps: Any, device: torch.device) -> Any:
+    """Taps as they are gathered fastest for a model on ``device``: themselves, or a copy."""
+    if taps is None or _is_on_gpu(taps):
+        return taps
+    bank = on_device(taps, device)
+    if bank is not None:
+        return bank
     if not _is_on_disk(taps) or not fits(taps):
-        yield
-        return
-    with dataset.taps_from(taps.clone() if isinstance(taps, Tensor) else taps.load()):
-        yield
+        return taps
+    return taps.clone() if isinstance(taps, Tensor) else taps.load()
 
 
 def fits(taps: Any) -> bool:
@@ -77,6 +101,10 @@ def prefetched(dataset: EncodedDataset, chunks: Sequence[Tensor]) -> Iterator[di
 
 def _is_on_disk(taps: Any) -> bool:
     """Whether taps are read from disk when indexed: a cache's, or those of ``torch.from_file(..., shared=True)``."""
-    if taps is None:
+    if taps is None or _is_on_gpu(taps):
         return False
-    return not isinstance(taps, Tensor) or (taps.device.type == "cpu" and taps.untyped_storage().filename is not None)
+    return not isinstance(taps, Tensor) or taps.untyped_storage().filename is not None
+
+
+def _is_on_gpu(taps: Any) -> bool:
+    return isinstance(taps, DeviceTaps) or (isinstance(taps, Tensor) and taps.device.type != "cpu")

@@ -34,6 +34,7 @@ from transformers import set_seed
 
 from levi_fast.cache.ranks import World
 from levi_fast.config import LeviConfig
+from levi_fast.data.encoded import EncodedDataset
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import FitResult
@@ -188,9 +189,14 @@ def _check(heads: Sequence[Head]) -> None:
 
 def _trained_here(heads: Sequence[Head]) -> Iterator[tuple[int, HeadResult]]:
     """(place, result) of every head, one after another."""
+    # of every device its own data sets, each once
+    datasets: dict[torch.device, dict[int, EncodedDataset]] = {}
+    for head in heads:
+        here = datasets.setdefault(resolve_device(head.options.device), {})
+        here.update((id(data), data) for _, data in head.splits.named())
     with ExitStack() as stack:
-        for dataset in {id(data): data for head in heads for _, data in head.splits.named()}.values():
-            stack.enter_context(resident(dataset))
+        for device, of_device in datasets.items():
+            stack.enter_context(resident(of_device.values(), device))
         for place, head in enumerate(heads):
             yield place, _train(head)
 

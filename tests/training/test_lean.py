@@ -195,7 +195,7 @@ class TestStreaming:
         mapped = torch.from_file(str(tmp_path / "taps.bin"), shared=True, size=taps.numel()).view(taps.shape)
         assert mapped.untyped_storage().filename is not None
         task.train.set_taps(mapped)
-        with resident(task.train):
+        with resident([task.train], torch.device("cpu")):
             assert task.train.tap_source() is not mapped
             assert task.train.tap_source().untyped_storage().filename is None
         monkeypatch.setattr(prefetch, "MEMORY_SHARE", 0.0)
@@ -207,7 +207,7 @@ class TestStreaming:
             return gather(dataset, rows)
 
         monkeypatch.setattr(EncodedDataset, "__getitems__", spied)
-        with resident(task.train):
+        with resident([task.train], torch.device("cpu")):
             assert task.train.tap_source() is mapped
             list(prefetched(task.train, torch.arange(64).split(8)))
         assert seen == {"levi-fast-prefetch"}
