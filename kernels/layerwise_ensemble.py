@@ -10,7 +10,9 @@ CPU kernel is csrc/layerwise_ensemble.cpp, the eager twin kernels/layerwise_ense
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -207,11 +209,18 @@ def _save(ctx: Any, taps: Sequence[Tensor], rest: Sequence[Any], output: Sequenc
 
 def _differentiate(ctx: Any, op: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients in the order of :data:`NEEDS` (taps last), None where not asked."""
-    saved = ctx.saved_tensors
-    taps, rest = list(saved[: ctx.layers]), saved[ctx.layers :]
-    results = op(*grads, taps, *rest, *ctx.options, ctx.needs)
+    saved, layers, needs = ctx.saved_tensors, ctx.layers, ctx.needs
+    results: list[Tensor | None] = op(*grads, saved[:layers], *saved[layers:], *ctx.options, needs)
+    for i in _unasked(needs, len(results)):
+        results[i] = None
+    return results
+
+
+@functools.lru_cache(maxsize=64)
+def _unasked(needs: int, count: int) -> tuple[int, ...]:
+    """Places of the backward op's ``count`` results that ``needs`` does not ask for."""
     last = len(NEEDS) - 1
-    return [r if ctx.needs >> min(i, last) & 1 else None for i, r in enumerate(results)]
+    return tuple(i for i in range(count) if not needs >> min(i, last) & 1)
 
 
 # The same gradient twice: for the op as torch.compile and torch.export see it ...
@@ -246,14 +255,10 @@ def _batch(ctx: Any) -> int:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
-        rest, taps = tensors[:9], list(tensors[9:])
+        rest, taps = tensors[:9], tensors[9:]
         with _below_autograd():  # the op's own way in has torch.library's wrapper in front
-            output = _OP(taps, *rest, *options, True)
-        asks = ctx.needs_input_grad
-        needs = _BITS["taps"] if any(asks[10:]) else 0
-        for ask, bit in zip(asks[1:10], _TENSOR_BITS, strict=True):
-            needs += bit if ask else 0
-        _save(ctx, taps, (*rest, *options[:3]), output, needs)
+            output = _DIRECT(taps, *rest, *options, True)
+        _save(ctx, taps, (*rest, *options[:3]), output, _asked(ctx.needs_input_grad))
         return output[:4] if options[3] else output[:2]
 
     @staticmethod
@@ -268,8 +273,19 @@ class _Function(torch.autograd.Function):
         return None, view, None, tap_weight, view_weight, bias, output_weight, output_bias, mix_weights, None, *taps
 
 
+# Function's own apply looks for leftovers of torch.func among the arguments (3 µs); the op takes those as they are.
+_record: Any = getattr(super(torch.autograd.Function, _Function), "apply", _Function.apply)
+
+
+@functools.lru_cache(maxsize=64)
+def _asked(asks: tuple[bool, ...]) -> int:
+    """The bits of :data:`NEEDS` for ``_Function``'s inputs: options, nine tensors, the taps."""
+    bits = sum(bit for ask, bit in zip(asks[1:10], _TENSOR_BITS, strict=True) if ask)
+    return bits + (_BITS["taps"] if any(asks[10:]) else 0)
+
+
 _below_autograd: Any = registry._below_autograd
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, NoneType))
 
 
 # --- dispatch -----------------------------------------------------------------------------------------------------
@@ -322,19 +338,15 @@ def _transformed(arguments: Sequence[Any]) -> bool:
 
 def _run_op(*arguments: Any) -> EnsembleTensors:
     taps, tensors, options = arguments[0], arguments[1:10], arguments[10:]
-    plain, asks = _below_autograd is not None and not torch.compiler.is_compiling(), False
-    for tensor in (*tensors, *taps):
-        if tensor is not None:
-            plain = plain and type(tensor) in _PLAIN
-            asks = asks or tensor.requires_grad
-    asks = asks and torch.is_grad_enabled()
-    if not plain:
+    every = (*tensors, *taps)
+    asks = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in every)
+    if _below_autograd is None or torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, every)):
         results = _OP(list(taps), *tensors, *options, asks)
     elif asks:
-        results = _Function.apply(options, *tensors, *taps)
+        results = _record(options, *every)
     else:
         with _below_autograd():
-            results = _OP(list(taps), *tensors, *options, False)
+            results = _DIRECT(taps, *tensors, *options, False)
     return (*results[:4],) if options[3] else (results[0], results[1], None, None)
 
 
@@ -377,4 +389,5 @@ def _register() -> None:
 
 _register()
 _OP = torch.ops.levi_fast.layerwise_ensemble.default
+_DIRECT: Any = getattr(_OP, "_op", _OP)  # what OpOverload's own call hands over to
 _BACKWARD_OP = torch.ops.levi_fast.layerwise_ensemble_backward.default

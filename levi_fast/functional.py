@@ -124,26 +124,26 @@ def checked_ensemble(
     zeroed_view: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """:func:`layerwise_ensemble` for a caller that has checked its arguments: casts, draws dropout, dispatches."""
-    tensors: list[Tensor | None] = [view, tap_weight, view_weight, bias, output_weight, output_bias]
-    rows = [taps] if isinstance(taps, Tensor) else list(taps)
+    rows = (taps,) if isinstance(taps, Tensor) else tuple(taps)
     device = tap_weight.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        rows = [tap.to(dtype) for tap in rows]
-        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-    view, weight, view_weight, first_bias, output_weight, output_bias = tensors
-    assert weight is not None and first_bias is not None
+        rows = tuple(tap.to(dtype) for tap in rows)
+        tap_weight, bias = tap_weight.to(dtype), bias.to(dtype)
+        view, view_weight, output_weight, output_bias = (
+            None if tensor is None else tensor.to(dtype) for tensor in (view, view_weight, output_weight, output_bias)
+        )
     hidden_keep = None
     if dropout > 0 and output_weight is not None:
-        shape = (first_bias.shape[0], rows[0].shape[-2], first_bias.shape[1])
-        hidden_keep = torch.rand(shape, device=weight.device) >= dropout
+        shape = (bias.shape[0], rows[0].shape[-2], bias.shape[1])
+        hidden_keep = torch.rand(shape, device=tap_weight.device) >= dropout
     return kernels.layerwise_ensemble(
         rows,
         view,
         view_keep,
-        weight,
+        tap_weight,
         view_weight,
-        first_bias,
+        bias,
         output_weight,
         output_bias,
         mix_weights,

@@ -309,11 +309,15 @@ def check_ensemble_inputs(
     if len(taps) != len(tap_widths):
         raise ValueError(f"taps: expected {len(tap_widths)} layers, got {len(taps)}")
     # A stacked tensor by its shape alone: going through it would make a tensor of every layer.
-    shapes = [taps.shape[1:]] * len(tap_widths) if isinstance(taps, Tensor) else [tap.shape for tap in taps]
-    batch = shapes[0][0] if shapes[0] else 0
-    for layer, (shape, width) in enumerate(zip(shapes, tap_widths, strict=True)):
-        if len(shape) != 2 or shape[0] != batch or shape[1] != width:
-            raise ValueError(f"taps[{layer}]: expected [{batch}, {width}], got {list(shape)}")
+    stacked = taps.shape[1:] if isinstance(taps, Tensor) else None
+    if stacked is not None and tap_widths.count(stacked[1]) == len(tap_widths):
+        batch = stacked[0]
+    else:
+        shapes = [tap.shape for tap in taps] if stacked is None else [stacked] * len(tap_widths)
+        batch = shapes[0][0] if shapes[0] else 0
+        for layer, (shape, width) in enumerate(zip(shapes, tap_widths, strict=True)):
+            if len(shape) != 2 or shape[0] != batch or shape[1] != width:
+                raise ValueError(f"taps[{layer}]: expected [{batch}, {width}], got {list(shape)}")
     if view is None:
         if view_width:
             raise ValueError(f"view: expected [{batch}, {view_width}], got None (view_width=0 is for taps alone)")
