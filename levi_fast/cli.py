@@ -137,11 +137,19 @@ def train(
     view_dropout: Annotated[
         float, typer.Option(help="Probability of hiding the task model from an example.", rich_help_panel=MODEL)
     ] = 0.5,
+    view_loss: Annotated[
+        float,
+        typer.Option(
+            help="Weight of the loss of the task model's own prediction, the backbone hidden; 0 leaves it out.",
+            rich_help_panel=MODEL,
+        ),
+    ] = 0.0,
     blend: Annotated[
         str,
         typer.Option(
             help="Weight of the prediction with the task model hidden: a number from 0 to 1, or auto: of 0, "
-            "0.5 and 1 the largest that ID validation cannot tell from the best.",
+            "0.5 and 1 the largest that ID validation cannot tell from the best; with --view-loss, the task model's "
+            "own prediction is averaged in where it is as good.",
             rich_help_panel=MODEL,
         ),
     ] = "auto",
@@ -253,6 +261,7 @@ def train(
         "objective": objective,
         "mix": mix,
         "view_dropout": view_dropout,
+        "view_loss": view_loss,
         "backbone_training": backbone_training,
     }
     if backbone_layers is not None:

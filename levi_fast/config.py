@@ -55,8 +55,12 @@ class LeviConfig(PreTrainedConfig):
             et al., 2016), in every layer's loss. Trainer's ``label_smoothing_factor`` instead takes its loss from the
             logits, whatever ``objective`` says.
         view_dropout: probability of zeroing an example's whole view while training.
-        blend: weight a in [0, 1] of the prediction with the view zeroed, used in eval mode:
-            ``(1 - a) y(tap, view) + a y(tap, 0)``. Chosen on in-distribution validation data by ``levi-fast train``.
+        view_loss: weight of the loss of ``y(0, view)``, the prediction with the taps zeroed, which is added while
+            training, so that the view answers by itself too; 0 leaves it out. Of the "layerwise" head, where it has
+            taps and a view.
+        blend, view_blend: weights a and b in [0, 1], used in eval mode: the prediction is
+            ``(1 - b) ((1 - a) y(tap, view) + a y(tap, 0)) + b y(0, view)``. Chosen on in-distribution validation data
+            by ``levi-fast train``.
         task_model: specification for ``levi_fast.task_models.build_task_model``, {"type": "custom"} for a module
             of the user's own, None for no view.
         view_width: V; set from the task model.
@@ -71,7 +75,9 @@ class LeviConfig(PreTrainedConfig):
     model_type = "levi"
     # What Trainer leaves out of predictions, so that compute_metrics gets the logits alone (and layer_logits is
     # [L, B, C]: its first axis is no batch to concatenate over).
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["layer_logits", "logits_without_view", "logits_with_view"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "layer_logits", "logits_without_view", "logits_with_view", "logits_without_taps",
+    ]  # fmt: skip
 
     backbone: str | None = None
     backbone_fingerprint: str | None = None
@@ -94,7 +100,9 @@ class LeviConfig(PreTrainedConfig):
     objective: str = "per_layer"
     label_smoothing: float = 0.0
     view_dropout: float = 0.5
+    view_loss: float = 0.0
     blend: float = 0.0
+    view_blend: float = 0.0
     task_model: dict[str, Any] | None = None
     view_width: int = 0
     target_mean: float = 0.0
@@ -138,7 +146,7 @@ class LeviConfig(PreTrainedConfig):
             raise ValueError("backbone_training: taps='none' leaves no backbone to train")
         if self.problem_type is not None:
             _require_one_of("problem_type", self.problem_type, PROBLEM_TYPES)
-        for name in ("dropout", "view_dropout", "blend", "label_smoothing"):
+        for name in ("dropout", "view_dropout", "blend", "view_blend", "label_smoothing"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
@@ -157,6 +165,11 @@ class LeviConfig(PreTrainedConfig):
                 "mix: 'learned' mixing weights get no gradient from objective='per_layer'; "
                 "use objective='both' or 'ensemble', or mix='mean'"
             )
+        weight = self.view_loss
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise ValueError(f"view_loss: expected a number of at least 0, got {weight!r}")
+        if self.view_blend and self.head != "layerwise":
+            raise ValueError(f"view_blend: only with head='layerwise', got {self.head!r}")
         if not self.target_std > 0:
             raise ValueError(f"target_std: expected > 0, got {self.target_std}")
 

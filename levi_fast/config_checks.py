@@ -18,7 +18,7 @@ MAX_DEPTH = 16
 
 _TEXTS = ("backbone", "backbone_fingerprint", "backbone_dtype", "backbone_layers", "problem_type")
 _NAMES = ("pooling", "activation", "mix", "objective")
-_NUMBERS = ("dropout", "view_dropout", "blend", "target_mean", "target_std")
+_NUMBERS = ("dropout", "view_dropout", "view_loss", "blend", "view_blend", "target_mean", "target_std")
 _COUNTS = ("layers", "blocks", "depth", "depths", "heads", "layer", "head")
 
 

@@ -29,7 +29,7 @@ from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
 from levi_fast.objective import objective_loss
 from levi_fast.offloading import is_placed, leave_backbone_alone
 from levi_fast.quantization import backbone_dtype
-from levi_fast.reference import blend
+from levi_fast.reference import blend, mixed
 from levi_fast.saving import FolderModel, fingerprint_of
 from levi_fast.taps import TapExtractor
 from levi_fast.tokens import by_token, flat_tokens
@@ -43,11 +43,14 @@ class LeviOutput(ModelOutput):
 
     Attributes:
         loss: scalar, where labels were given.
-        logits: [B, C] ([B, T, C] with ``pooling="token"``, and so on); in eval mode blended with the zeroed-view
-            prediction by ``config.blend``. For regression in the label's own units.
+        logits: [B, C] ([B, T, C] with ``pooling="token"``, and so on); in eval mode blended with the predictions
+            of taps alone and view alone by ``config.blend`` and ``config.view_blend``. For regression in the label's
+            own units.
         layer_logits: [L, B, C], each adapting layer's prediction, blended likewise.
         logits_without_view: [B, C], the prediction with the view zeroed; in eval mode, where there is a view.
         logits_with_view: [B, C], the prediction before blending; likewise.
+        logits_without_taps: [B, C], the view's own prediction; in eval mode, where the config gives it a loss or a
+            weight.
     """
 
     loss: Tensor | None = None
@@ -55,6 +58,7 @@ class LeviOutput(ModelOutput):
     layer_logits: Tensor | None = None
     logits_without_view: Tensor | None = None
     logits_with_view: Tensor | None = None
+    logits_without_taps: Tensor | None = None
 
 
 class LeviModel(FolderModel):
@@ -216,22 +220,30 @@ class LeviModel(FolderModel):
         if self.config.pooling == "token":
             shape, taps, view, labels = flat_tokens(given, taps, view, labels)
         layer_taps = self._taps(given, taps, view)
-        asks_zeroed = view is not None and not self.training and any(self.ensemble.tap_widths)
+        has_both = view is not None and any(self.ensemble.tap_widths)
+        asks_zeroed = has_both and not self.training
         output: EnsembleOutput = self.ensemble(layer_taps, view, zeroed_view=asks_zeroed)
-        with_view = output.logits
+        with_view, alone = output.logits, None
+        if has_both and self._asks_view_alone(labels):
+            alone = self.ensemble.without_taps(cast(Tensor, view))
         if asks_zeroed:
             output = blend(output, self.config.blend)
+            output = output if alone is None else mixed(output, alone, self.config.view_blend)
         if labels is None and self.training and torch.is_grad_enabled() and self.config.objective != "ensemble":
             _warn_of_other_objective()
         loss = None if labels is None else self.loss(output, labels)
+        if loss is not None and alone is not None and self.training:
+            loss = loss + self.config.view_loss * self.loss(alone, cast(Tensor, labels))
         if shape is not None:
             output, with_view = by_token(output, shape), with_view.unflatten(-2, shape)
+            alone = None if alone is None else by_token(alone, shape)
         result = LeviOutput(
             loss=cast(Any, loss),
             logits=self._in_label_units(output.logits),
             layer_logits=self._in_label_units(output.layer_logits),
             logits_without_view=self._in_label_units(output.logits_without_view),
             logits_with_view=self._in_label_units(with_view) if asks_zeroed else None,
+            logits_without_taps=None if alone is None or self.training else self._in_label_units(alone.logits),
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -249,6 +261,13 @@ class LeviModel(FolderModel):
         accepted = {k: v for k, v in inputs.items() if v is not None and k in self.extractor.input_names}
         taps = torch.cat(list(self.extractor(**accepted)), dim=1)
         return taps.unflatten(0, tuple(inputs["input_ids"].shape)) if self.config.pooling == "token" else taps
+
+    def _asks_view_alone(self, labels: Tensor | None) -> bool:
+        """Whether y(0, view) is computed: for its loss, or for a prediction that weighs it or may."""
+        config = self.config
+        if self.training:
+            return config.head == "layerwise" and config.view_loss > 0 and labels is not None
+        return config.head == "layerwise" and (config.view_loss > 0 or config.view_blend > 0)
 
     def loss(self, output: EnsembleOutput, labels: Tensor) -> Tensor:
         """LEVI's objective on the ensemble's raw outputs; sets ``config.problem_type`` by transformers' rule."""

@@ -51,3 +51,25 @@ class LayerwiseEnsemble(reference.LayerwiseEnsemble):
                 zeroed_view,
             )
         )
+
+    def without_taps(self, view: Tensor) -> EnsembleOutput:
+        """As :meth:`levi_fast.reference.LayerwiseEnsemble.without_taps`; the taps' product is left out."""
+        reference.check_view(view, self.view_width, view.shape[0])
+        layers, width = self.bias.shape
+        return EnsembleOutput(
+            *functional.checked_ensemble(
+                self.bias.new_empty(layers, view.shape[0], 0),
+                view,
+                self.tap_weight.new_empty(0, width),  # not a slice: its gradient would be zeros of the whole weight
+                self.view_weight,
+                self.bias,
+                self.output_weight,
+                self.output_bias,
+                None if self.mix_logits is None else self.mix_logits.softmax(0),
+                self.activation,
+                self.normalize,
+                None,
+                self.dropout if self.training else 0.0,
+                False,
+            )
+        )

@@ -204,6 +204,22 @@ class LayerwiseEnsemble(nn.Module):
         stacked_without = torch.stack(without_view)
         return EnsembleOutput(logits, stacked, torch.einsum("l,lbc->bc", m, stacked_without), stacked_without)
 
+    def without_taps(self, view: Tensor) -> EnsembleOutput:
+        """The view's own prediction ``y(0, view)``: every normalised tap zero, no example's view dropped.
+
+        Args:
+            view: [B, V].
+
+        Raises:
+            ValueError: if the view does not fit, or the ensemble has none; the message names the argument.
+        """
+        check_view(view, self.view_width, view.shape[0])
+        assert self.view_weight is not None
+        view = norm(view) if self.normalize else view
+        layers = range(len(self.tap_widths))
+        stacked = torch.stack([self._adapt(self.bias[i] + view @ self.view_weight[:, i], i) for i in layers])
+        return EnsembleOutput(torch.einsum("l,lbc->bc", self.mix_weights().to(stacked.dtype), stacked), stacked)
+
     def _adapt(self, before_activation: Tensor, layer: int) -> Tensor:
         """What follows the first product of A_l: nothing for a linear one, else act, dropout, Linear."""
         if self.output_weight is None or self.output_bias is None:
@@ -262,9 +278,17 @@ def blend(output: EnsembleOutput, weight: float) -> EnsembleOutput:
     """The blended prediction ``(1 - a) y(tap, view) + a y(tap, 0)`` with ``a = weight`` in [0, 1]."""
     if weight == 0 or output.logits_without_view is None or output.layer_logits_without_view is None:
         return output
+    without_view = EnsembleOutput(output.logits_without_view, output.layer_logits_without_view)
+    return mixed(output, without_view, weight)
+
+
+def mixed(output: EnsembleOutput, other: EnsembleOutput, weight: float) -> EnsembleOutput:
+    """``(1 - weight) output + weight other`` of logits and layer logits, for a weight in [0, 1]."""
+    if weight == 0:
+        return output
     return output._replace(
-        logits=torch.lerp(output.logits, output.logits_without_view, weight),
-        layer_logits=torch.lerp(output.layer_logits, output.layer_logits_without_view, weight),
+        logits=torch.lerp(output.logits, other.logits, weight),
+        layer_logits=torch.lerp(output.layer_logits, other.layer_logits, weight),
     )
 
 
@@ -318,6 +342,11 @@ def check_ensemble_inputs(
         for layer, (shape, width) in enumerate(zip(shapes, tap_widths, strict=True)):
             if len(shape) != 2 or shape[0] != batch or shape[1] != width:
                 raise ValueError(f"taps[{layer}]: expected [{batch}, {width}], got {list(shape)}")
+    check_view(view, view_width, batch)
+
+
+def check_view(view: Tensor | None, view_width: int, batch: int) -> None:
+    """Raise ValueError unless a view is [batch, view_width], or None where that is 0."""
     if view is None:
         if view_width:
             raise ValueError(f"view: expected [{batch}, {view_width}], got None (view_width=0 is for taps alone)")

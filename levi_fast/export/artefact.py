@@ -218,6 +218,7 @@ def _manifest(
         "labels": labels,
         "problem_type": config.problem_type,
         "blend": config.blend,
+        "view_blend": config.view_blend,
         "backbone_fingerprint": config.backbone_fingerprint,
         "preprocessing": f"{file.stem}-preprocessing" if preprocessing else None,
         "verified": None if worst is None else {"largest_relative_difference": worst},

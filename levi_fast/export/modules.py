@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from levi_fast.export.truncated import TruncatedBackbone
 from levi_fast.modeling import LeviModel
-from levi_fast.reference import blend
+from levi_fast.reference import blend, mixed
 
 
 class ServingHead(nn.Module):
@@ -28,7 +28,7 @@ class ServingHead(nn.Module):
         self.names = list(names)
         config: Any = model.config
         self.by_token = config.pooling == "token"
-        self.blend = float(config.blend)
+        self.blend, self.view_blend = float(config.blend), float(config.view_blend)
         scaled = config.problem_type == "regression"
         self.scale = (float(config.target_std), float(config.target_mean)) if scaled else (1.0, 0.0)
 
@@ -59,10 +59,13 @@ class ServingHead(nn.Module):
         if taps is None:
             taps = [cast(Tensor, view).new_empty((cast(Tensor, view).shape[0], 0))]
         taps = taps.to(dtype) if isinstance(taps, Tensor) else [tap.to(dtype) for tap in taps]
-        asks_zeroed = view is not None and self.blend > 0 and any(self.ensemble.tap_widths)
+        has_both = view is not None and any(self.ensemble.tap_widths)
+        asks_zeroed = has_both and self.blend > 0
         output = self.ensemble(taps, view, zeroed_view=asks_zeroed)
         if asks_zeroed:
             output = blend(output, self.blend)
+        if has_both and self.view_blend > 0:
+            output = mixed(output, self.ensemble.without_taps(cast(Tensor, view)), self.view_blend)
         scale, shift = self.scale
         logits = output.logits if self.scale == (1.0, 0.0) else output.logits * scale + shift
         return cast(Tensor, logits.unflatten(0, tuple(shape)) if self.by_token else logits)

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from levi_fast.config import LeviConfig
 from levi_fast.report.tables import METHOD_TITLES, METRIC_TITLES, figure
+from levi_fast.training.blending import Blend
 from levi_fast.training.image_tasks import IMAGE_TASKS
 from levi_fast.training.methods import METHODS
 from levi_fast.training.metrics import LOWER_IS_BETTER
@@ -83,7 +84,8 @@ def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[
         "objective": config.objective,
         "mix": config.mix,
         "view dropout": config.view_dropout,
-        "blend": config.blend,
+        "view loss": config.view_loss,
+        "blend": Blend(config.blend, config.view_blend),
         "task model": (config.task_model or {}).get("type"),
         "trained parameters": f"{document['trained_parameters']:,}",
         "seed": document["seed"],
@@ -98,7 +100,7 @@ def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[
         description=_description(document["method"], config),
         carried=" and the backbone" if include_backbone else ", not the backbone's weights",
         data=_data(document, reads),
-        blend=f"{config.blend:g}",
+        blend=str(Blend(config.blend, config.view_blend)),
         results=_results(document),
         usage=_usage(config, pipeline_tag),
         more="IMAGES` scores images of the same classes"

@@ -11,7 +11,8 @@ import torch
 
 from levi_fast.errors import DivergedError
 from levi_fast.modeling import LeviModel
-from levi_fast.training.metrics import best_blend, blend_logits, compute_metrics, selection_key
+from levi_fast.training.blending import Blend, Logits, choose_blend
+from levi_fast.training.metrics import compute_metrics, selection_key
 
 # Called after every epoch with (epoch, epochs, validation scores).
 EpochProgress = Callable[[int, int, dict[str, float]], None]
@@ -26,6 +27,12 @@ class FitResult:
     validation: dict[str, float]
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    view_blend: float = 0.0
+
+    @property
+    def weights(self) -> Blend:
+        """Both weights of the prediction."""
+        return Blend(self.blend, self.view_blend)
 
 
 class BestEpoch:
@@ -44,24 +51,24 @@ class BestEpoch:
         self.weights: dict[str, torch.Tensor] = {}
         self.history: list[dict[str, float]] = []
 
-    def score(self, logits: np.ndarray, without_view: np.ndarray | None, labels: np.ndarray) -> dict[str, float]:
-        """Metrics of validation predictions ``[N, C]`` and the blend they are of; ``{"diverged": 1}`` for NaN."""
-        if not np.isfinite(logits).all():
+    def score(self, logits: Logits, labels: np.ndarray) -> dict[str, float]:
+        """Metrics of validation predictions and the blend they are of; ``{"diverged": 1}`` for NaN."""
+        if not np.isfinite(logits.both).all():
             return {"diverged": 1.0}
         if self.blend is None:
-            blend, scores = best_blend(logits, without_view, labels, self.problem_type)
+            weights, scores = choose_blend(logits, labels, self.problem_type)
         else:
-            blend = self.blend if without_view is not None else 0.0
-            scores = compute_metrics(blend_logits(logits, without_view, blend), labels, self.problem_type)
-        return {**scores, "blend": blend}
+            weights = Blend(self.blend if logits.without_view is not None else 0.0)
+            scores = compute_metrics(logits.blended(weights), labels, self.problem_type)
+        return {**scores, **weights._asdict()}
 
     def record(self, scores: dict[str, float], model: LeviModel) -> None:
         """Take in an epoch's scores; copies the model's trained weights where it is the best so far."""
         self.history.append(scores)
         epoch = len(self.history)
         if "diverged" not in scores and self._is_better(scores):
-            best = {name: value for name, value in scores.items() if name != "blend"}
-            self.best = FitResult(best_epoch=epoch, blend=scores["blend"], validation=best)
+            best = {name: value for name, value in scores.items() if name not in Blend._fields}
+            self.best = FitResult(epoch, scores["blend"], best, view_blend=scores["view_blend"])
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         if self.on_epoch is not None:
             self.on_epoch(epoch, self.epochs, scores)
@@ -70,7 +77,9 @@ class BestEpoch:
         """What a checkpoint needs of it: JSON values, and the best epoch's weights."""
         chosen = None
         if self.best is not None:
-            chosen = {"epoch": self.best.best_epoch, "blend": self.best.blend, "validation": self.best.validation}
+            chosen = {
+                "epoch": self.best.best_epoch, "validation": self.best.validation, **self.best.weights._asdict(),
+            }  # fmt: skip
         return {"history": self.history, "best": chosen}, self.weights
 
     def resume(self, scores: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> None:
@@ -78,7 +87,8 @@ class BestEpoch:
         self.history, self.weights = list(scores["history"]), weights
         if scores["best"] is not None:
             chosen = scores["best"]
-            self.best = FitResult(chosen["epoch"], chosen["blend"], chosen["validation"])
+            own = chosen.get("view_blend", 0.0)  # a checkpoint from before there was one
+            self.best = FitResult(chosen["epoch"], chosen["blend"], chosen["validation"], view_blend=own)
         if self.on_epoch is not None:
             for epoch, known in enumerate(self.history, 1):
                 self.on_epoch(epoch, self.epochs, known)
@@ -92,7 +102,7 @@ class BestEpoch:
         if self.best is None:
             raise DivergedError("training diverged: no epoch gave finite predictions; lower --learning-rate")
         model.load_state_dict(self.weights)
-        model.config.blend = self.best.blend
+        model.config.blend, model.config.view_blend = self.best.weights
         model.eval()
         self.best.history, self.best.seconds = self.history, seconds
         return self.best

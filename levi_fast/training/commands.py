@@ -71,7 +71,7 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
     splits = prepared.splits
     rows = [(f"ID ({splits.id_split})", _id_rows(splits), result.id)]
     rows += [(f"OOD {name}", len(splits.ood[name]), scores) for name, scores in result.ood.items()]
-    blend = f", blend {result.model.config.blend:g}" if result.fit.blend or "levi" in result.method else ""
+    blend = f", blend {result.fit.weights}" if result.fit.blend or "levi" in result.method else ""
     title = (
         f"{request.method}, epoch {result.fit.best_epoch} of {request.options.epochs}{blend}, chosen on ID validation"
     )
@@ -204,6 +204,7 @@ def run_document(result: MethodResult, splits: Splits, seed: int) -> dict[str, A
         "method": result.method,
         "problem_type": result.model.config.problem_type,
         "blend": result.fit.blend,
+        "view_blend": result.fit.view_blend,
         "choices": result.choices,
         "best_epoch": result.fit.best_epoch,
         "epochs": len(result.fit.history),

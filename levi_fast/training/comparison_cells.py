@@ -43,6 +43,7 @@ def figures_of(result: MethodResult, splits: Splits) -> dict[str, Any]:
         "validation": result.fit.validation,
         "best_epoch": result.fit.best_epoch,
         "blend": result.fit.blend,
+        "view_blend": result.fit.view_blend,
         "choices": result.choices,
         "trained_parameters": trained,
         "per_layer": per_layer,

@@ -93,7 +93,7 @@ def _demo(
     for scores in figures.values():
         scores["mean of OOD"] = sum(scores[name] for name in OOD_NAMES) / len(OOD_NAMES)
     notes = {
-        method: f"epoch {result.fit.best_epoch}" + (f", blend {result.fit.blend:g}" if method == "levi" else "")
+        method: f"epoch {result.fit.best_epoch}" + (f", blend {result.fit.weights}" if method == "levi" else "")
         for method, result in results.items()
     }
     console.table(

@@ -137,7 +137,12 @@ def _evaluate_named(
 
 
 def _brief(config: Any) -> dict[str, Any]:
-    return {"backbone": config.backbone, "tap_layers": config.tap_layers, "blend": config.blend}
+    return {
+        "backbone": config.backbone,
+        "tap_layers": config.tap_layers,
+        "blend": config.blend,
+        "view_blend": config.view_blend,
+    }
 
 
 def _csv(columns: Mapping[str, list[object]]) -> str:

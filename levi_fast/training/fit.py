@@ -26,6 +26,7 @@ from levi_fast.data.encoded import EncodedDataset, collate
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch, EpochProgress, FitResult
+from levi_fast.training.blending import Logits
 from levi_fast.training.checkpoints import CheckpointOptions, Checkpoints
 from levi_fast.training.lean import make_optimizer, train_lean
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
@@ -50,7 +51,7 @@ class TrainingOptions:
         max_grad_norm: gradients are scaled down to this norm.
         seed: of initialisation, dropout and the order of rows.
         blend: weight of the prediction with the view zeroed; None chooses it on validation data, see
-            :func:`levi_fast.training.metrics.best_blend`.
+            :func:`levi_fast.training.blending.choose_blend`. A number leaves the view's own prediction out.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
 
     Raises:
@@ -137,7 +138,7 @@ def fit(
     if not alone:
         check_loop(loop, with_checkpoints=checkpoints is not None)
     set_seed(options.seed)
-    model.config.blend = 0.0  # logits are those with the view; scoring does the blending
+    model.config.blend = model.config.view_blend = 0.0  # logits are those with the view; scoring does the blending
     best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, on_epoch)
     # Trainer walks over all modules several times a step; with the taps attached, the backbone's need not be there.
     if not runs_backbone:
@@ -214,7 +215,7 @@ def train_with_trainer(
     """Train a model in place through transformers' Trainer, scoring every epoch."""
 
     def score(prediction: EvalPrediction) -> dict[str, float]:
-        return best.score(*_logits_of(prediction.predictions), np.asarray(prediction.label_ids))
+        return best.score(_logits_of(prediction.predictions), np.asarray(prediction.label_ids))
 
     known = set(vars(model.config))
     trainer = Trainer(
@@ -283,7 +284,6 @@ def _arguments(folder: str, options: TrainingOptions, num_steps: int, some_unuse
     return arguments
 
 
-def _logits_of(predictions: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    if isinstance(predictions, tuple):
-        return np.asarray(predictions[0]), np.asarray(predictions[1])
-    return np.asarray(predictions), None
+def _logits_of(predictions: Any) -> Logits:
+    parts = predictions if isinstance(predictions, tuple) else (predictions,)
+    return Logits(*(np.asarray(part) for part in parts))

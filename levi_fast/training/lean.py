@@ -23,6 +23,7 @@ from levi_fast.backbone_training import PREFIX
 from levi_fast.data.encoded import EncodedDataset
 from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch
+from levi_fast.training.blending import Logits
 from levi_fast.training.checkpoints import Checkpoints, TrainingState
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 from levi_fast.training.prefetch import prefetched, resident
@@ -208,22 +209,23 @@ def score_epoch(
     """Scores of the validation rows, in the batches of every evaluation of a head; the same in all processes."""
     _draw_as_a_data_loader()
     model.eval()
-    logits: list[Tensor] = []
-    without_view: list[Tensor] = []
+    parts: dict[str, list[Tensor]] = {"both": [], "without_view": [], "without_taps": []}
     with torch.no_grad():
         for batch in prefetched(validation, replicas.rows(torch.arange(len(validation)), EVALUATION_BATCH_SIZE)):
             batch.pop("labels", None)
             output = model(**_moved(batch, replicas.device))
-            logits.append(output.logits.float())
-            if output.logits_without_view is not None:
-                without_view.append(output.logits_without_view.float())
+            found = (output.logits, output.logits_without_view, output.logits_without_taps)
+            for part, logits in zip(parts.values(), found, strict=True):
+                if logits is not None:
+                    part.append(logits.float())
 
-    def whole(parts: list[Tensor]) -> np.ndarray:
-        found: np.ndarray = replicas.gather_predictions(parts, len(validation)).cpu().numpy()
+    def whole(part: list[Tensor]) -> np.ndarray:
+        found: np.ndarray = replicas.gather_predictions(part, len(validation)).cpu().numpy()
         return found
 
     assert validation.labels is not None
-    return best.score(whole(logits), whole(without_view) if without_view else None, validation.labels.numpy())
+    logits = Logits(**{name: whole(part) for name, part in parts.items() if part})
+    return best.score(logits, validation.labels.numpy())
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:

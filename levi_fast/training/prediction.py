@@ -24,11 +24,13 @@ class Predictions:
     """Float32 logits ``[N, C]``: blended as the model's config says, and with the view zeroed (None without view).
 
     ``layer_logits`` ``[L, N, C]``: every layer's, blended likewise, where they were asked for.
+    ``logits_without_taps`` ``[N, C]``: the view's own prediction, of a model that gives it a loss or a weight.
     """
 
     logits: np.ndarray
     logits_without_view: np.ndarray | None
     layer_logits: np.ndarray | None = None
+    logits_without_taps: np.ndarray | None = None
 
 
 def predict(
@@ -62,6 +64,7 @@ def predict(
         device = next(model.parameters()).device
         logits: list[np.ndarray] = []
         without_view: list[np.ndarray] = []
+        without_taps: list[np.ndarray] = []
         layers: list[np.ndarray] = []
         with torch.no_grad(), dataset.only(model.reads):
             for batch in dataset.batches(EVALUATION_BATCH_SIZE):
@@ -72,6 +75,8 @@ def predict(
                     layers.append(output.layer_logits.float().cpu().numpy())
                 if output.logits_without_view is not None:
                     without_view.append(output.logits_without_view.float().cpu().numpy())
+                if output.logits_without_taps is not None:
+                    without_taps.append(output.logits_without_taps.float().cpu().numpy())
     finally:
         if needs_taps:
             dataset.set_taps(None)
@@ -80,11 +85,12 @@ def predict(
         np.concatenate(logits),
         np.concatenate(without_view) if without_view else None,
         np.concatenate(layers, axis=1) if layers else None,
+        np.concatenate(without_taps) if without_taps else None,
     )
     if dataset.classes is not None:
         hidden = np.ones(found.logits.shape[-1], dtype=bool)
         hidden[dataset.classes.numpy()] = False
-        for part in (found.logits, found.logits_without_view, found.layer_logits):
+        for part in (found.logits, found.logits_without_view, found.layer_logits, found.logits_without_taps):
             if part is not None:
                 part[..., hidden] = _NOT_ASKED
     return found

@@ -90,7 +90,7 @@ class HeadResult:
         with torch.random.fork_rng():
             model = LeviModel(self.head.config, backbone)
         model.load_state_dict(self.weights)
-        model.config.blend = self.fit.blend
+        model.config.blend, model.config.view_blend = self.fit.weights
         return model.eval()
 
 

@@ -211,6 +211,7 @@ def _column_document(column: LabelColumn, ranking: Sequence[HeadResult]) -> dict
                 "ood": result.ood,
                 "best_epoch": None if result.fit is None else result.fit.best_epoch,
                 "blend": None if result.fit is None else result.fit.blend,
+                "view_blend": None if result.fit is None else result.fit.view_blend,
                 "seconds": None if result.fit is None else round(result.fit.seconds, 3),
                 "error": result.error,
             }
@@ -228,7 +229,7 @@ def _print(column: LabelColumn, ranking: Sequence[HeadResult], console: Console)
         if splits.test is not None:
             figures["ID (test)"] = result.id
         figures.update({f"OOD {name}": result.ood.get(name, {}) for name in splits.ood})
-        chosen = "diverged" if result.fit is None else f"epoch {result.fit.best_epoch}, blend {result.fit.blend:g}"
+        chosen = "diverged" if result.fit is None else f"epoch {result.fit.best_epoch}, blend {result.fit.weights}"
         rows.append(SweepRow(result.head.name, {k: v.get(metric) for k, v in figures.items()}, chosen))
     what = METRIC_TITLES.get(metric, metric)
     console.table(sweep_table(f"{len(ranking)} configurations, best {what} on ID validation first", metric, rows))

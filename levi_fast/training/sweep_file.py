@@ -41,6 +41,7 @@ OPTION_TYPES: dict[str, type] = {
 }
 MODEL_TYPES: dict[str, type] = {
     "view_dropout": float,
+    "view_loss": float,
     "dropout": float,
     "hidden_width": int,
     "activation": str,

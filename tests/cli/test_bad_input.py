@@ -165,6 +165,7 @@ class TestArguments:
             (["--device", "tpu"], "--device: expected auto, cpu or cuda, got 'tpu'"),
             (["--max-length", "65"], "--max-length: expected a number between 3 and 64"),
             (["--view-dropout", "1.5"], "view_dropout: expected a number in [0, 1], got 1.5"),
+            (["--view-loss", "-1"], "view_loss: expected a number of at least 0, got -1.0"),
             (["--mix", "learned"], "'learned' mixing weights get no gradient from objective='per_layer'"),
             (["--pooling", "max"], "pooling: expected one of mean, cls, last, token, got 'max'"),
             (["--text-column", "label"], "column 'label' is named twice"),

@@ -234,6 +234,24 @@ class TestEvaluate:
         found = json.loads((tmp_path / "e.json").read_text())
         assert found["metrics"] == metrics(tmp_path / "model")["id"]
 
+    def test_the_views_own_prediction_is_weighed_again(
+        self, levi_fast: Run, train_arguments: list[str], tmp_path: Path
+    ) -> None:
+        status, _, err = levi_fast(*train_arguments, "--view-loss", "1")
+        assert status == 0, err
+        trained = metrics(tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        assert trained["view_blend"] == config["view_blend"] in (0.0, 0.5, 1.0)
+        arguments = [
+            "--model",
+            str(tmp_path / "model"),
+            "--data",
+            train_arguments[train_arguments.index("--test") + 1],
+        ]
+        status, _, err = levi_fast("evaluate", *arguments, "--output", str(tmp_path / "again.json"))
+        assert status == 0, err
+        assert json.loads((tmp_path / "again.json").read_text())["metrics"] == trained["id"]
+
     def test_a_moved_folder(
         self, levi_fast: Run, train_arguments: list[str], tmp_path: Path, tiny_bert_dir: str
     ) -> None:

@@ -91,6 +91,40 @@ def test_blend_is_applied_in_eval_mode_only(build_backbone, inputs_for):
     assert model.train()(**inputs).logits_without_view is None
 
 
+def test_the_view_has_a_loss_and_a_weight_of_its_own(build_backbone, inputs_for):
+    inputs, labels = inputs_for("bert"), torch.tensor([0, 1, 0])
+    model = build(build_backbone("bert"), view_dropout=0.0, view_loss=0.0).train()
+    model.task_model.eval()  # drops no tokens
+    plain = model(**inputs, labels=labels).loss
+    view = model.task_model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).detach()
+    alone = model.ensemble.without_taps(view)
+    model.config.view_loss = 2.0
+    with_own = model(**inputs, labels=labels)
+    assert with_own.logits_without_taps is None  # an output of eval mode
+    torch.testing.assert_close(with_own.loss, plain + 2.0 * model.loss(alone, labels), rtol=1e-4, atol=1e-5)
+    output = model.eval()(**inputs)
+    torch.testing.assert_close(output.logits, output.logits_with_view)
+    torch.testing.assert_close(output.logits_without_taps, model.ensemble.without_taps(view).logits)
+    model.config.blend, model.config.view_blend = 0.5, 0.25
+    expected = 0.375 * (output.logits_with_view + output.logits_without_view) + 0.25 * output.logits_without_taps
+    blended = model(**inputs)
+    torch.testing.assert_close(blended.logits, expected)
+    torch.testing.assert_close(blended.layer_logits.mean(0), blended.logits)
+
+
+def test_a_config_from_before_the_view_had_a_weight_predicts_the_same_bits(build_backbone, inputs_for, tmp_path):
+    model = build(build_backbone("bert"), view_loss=0.0, blend=0.5).eval()
+    expected = model(**inputs_for("bert")).logits
+    model.save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({name: value for name, value in document.items() if name not in ("view_loss", "view_blend")})
+    )
+    loaded = LeviModel.from_pretrained(tmp_path, backbone=build_backbone("bert"))
+    assert loaded.config.view_blend == 0.0
+    assert torch.equal(loaded(**inputs_for("bert")).logits, expected)
+
+
 def test_a_model_without_view_and_one_without_backbone(build_backbone, inputs_for):
     taps_only = build(build_backbone("bert"), task_model=None).eval()
     assert taps_only.task_model is None and taps_only(**inputs_for("bert")).logits_without_view is None
@@ -229,6 +263,10 @@ def test_a_folder_that_is_no_model_is_explained(tmp_path):
         ({"objective": "sum"}, "objective: expected one of per_layer, ensemble, both"),
         ({"view_dropout": 1.2}, r"view_dropout: expected a number in \[0, 1\]"),
         ({"blend": -0.1}, "blend"),
+        ({"view_blend": 1.5}, r"view_blend: expected a number in \[0, 1\]"),
+        ({"view_blend": 0.5, "head": "output-ensemble"}, "view_blend: only with head='layerwise'"),
+        ({"view_loss": -1.0}, "view_loss: expected a number of at least 0"),
+        ({"view_loss": float("nan")}, "view_loss: expected a number of at least 0"),
         ({"mix": "learned"}, "no gradient from objective='per_layer'"),
         ({"hidden_width": 0}, "hidden_width"),
         ({"target_std": 0.0}, "target_std"),

@@ -67,6 +67,20 @@ def test_outputs_and_gradients_equal_the_references(case, train):
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(case=SHAPES.filter(lambda case: case["view_width"] > 0))
+def test_predictions_without_taps_equal_the_references(case):
+    results = []
+    for model in pair(case):
+        view = draw(case)[1].requires_grad_()
+        output = model.without_taps(view)
+        sum(
+            (t * torch.linspace(-1, 1, max(t.numel(), 1))[: t.numel()].view_as(t)).sum() for t in output[:2]
+        ).backward()
+        results.append((output[:2], [p.grad for p in model.parameters()], view.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("hidden_width", [None, 128])
 def test_error_is_at_most_twice_the_references_in_the_same_dtype(dtype, hidden_width):

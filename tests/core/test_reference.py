@@ -80,6 +80,20 @@ def test_zeroed_view_is_what_a_zero_view_gives_and_blend_interpolates():
     assert reference.blend(output, 0.0) is output
 
 
+@pytest.mark.parametrize("hidden_width", [8, None])
+def test_without_taps_is_what_zero_taps_give(hidden_width):
+    model = ensemble(hidden_width=hidden_width, view_dropout=0.9).train()
+    taps, view = draw()
+    alone = model.without_taps(view)  # no view is dropped
+    zero = model.eval()([torch.zeros_like(tap) for tap in taps], view)
+    torch.testing.assert_close(alone.logits, zero.logits)
+    torch.testing.assert_close(alone.layer_logits, zero.layer_logits)
+    with pytest.raises(ValueError, match=r"view: expected \[4, 3\]"):
+        model.without_taps(view[:, :2])
+    with pytest.raises(ValueError, match="view: expected None, as view_width is 0"):
+        ensemble(view_width=0).without_taps(view)
+
+
 def test_view_dropout_zeroes_whole_views_at_its_rate_and_only_in_training():
     model = ensemble(view_dropout=0.3)
     taps, view = draw(batch=4000)

@@ -30,7 +30,7 @@ def trained(task: Any, loop: str, **options: Any) -> tuple[LeviModel, FitResult]
 
 def assert_same(one: tuple[LeviModel, FitResult], other: tuple[LeviModel, FitResult]) -> None:
     assert one[1].history == other[1].history
-    assert (one[1].best_epoch, one[1].blend) == (other[1].best_epoch, other[1].blend)
+    assert (one[1].best_epoch, one[1].weights) == (other[1].best_epoch, other[1].weights)
     states = one[0].state_dict(), other[0].state_dict()
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
@@ -47,6 +47,8 @@ def assert_same(one: tuple[LeviModel, FitResult], other: tuple[LeviModel, FitRes
         ("tabular", "classes", {"hidden_width": None, "objective": "ensemble"}),
         (None, "multi-label", {"dropout": 0.2}),
         ("transformer", "classes", {}),
+        ("text", "classes", {"view_loss": 0.5, "dropout": 0.2}),
+        ("recommendation", "regression", {"view_loss": 1.0}),
     ],
 )
 def test_weights_and_scores_are_trainers_own(
