@@ -21,6 +21,7 @@ CASES = [(6, 384, 64, 128, 2, 1), (6, 384, 64, 128, 2, 32), (6, 384, 64, 128, 2,
          (12, 768, 128, 256, 1000, 32), (24, 1024, 128, 512, 5, 64), (32, 4096, 256, 512, 2, 16),
          (4, 768, 128, 256, 9, 4096)]  # fmt: skip
 PEERS = ("eager", "hand-batched", "grouped-mm", "compile", "max-autotune")
+PRODUCTS = "products"  # timed beside the peers, and none of them: see Products
 KIND = "single_label_classification"
 LEAST_ROUNDS = 7
 
@@ -170,20 +171,70 @@ class Case:
         return moved * self.dtype.itemsize
 
 
+class Products:
+    """A case's matrix products alone, each one call of PyTorch's with memory at hand for its result.
+
+    Nothing is normalised, activated, summed over the batch or allocated: what the library's own GEMM reaches at these
+    very shapes, where the matrix rate is that of a square.
+
+    Args:
+        case: whose weights and inputs are multiplied.
+    """
+
+    def __init__(self, case: Case) -> None:
+        layers, width, view_width, hidden, outputs, batch = case.shape
+        self.case = case
+        parameters = {name: value.detach() for name, value in case.spec.named_parameters()}
+        self.tap_weight = parameters["tap_weight"].view(layers, width, hidden)
+        self.view_weight = parameters["view_weight"].view(view_width, layers * hidden)
+        self.output_weight = parameters["output_weight"].permute(1, 2, 0)
+        new = partial(torch.empty, dtype=case.dtype)
+        self.hidden = torch.randn(layers, batch, hidden, dtype=case.dtype)
+        self.rows = torch.randn(batch, layers * hidden, dtype=case.dtype)  # as the view's products see all layers
+        self.first, self.views, self.y = (
+            torch.empty_like(self.hidden),
+            torch.empty_like(self.rows),
+            new(layers, batch, outputs),
+        )
+        if case.backward:
+            self.gradients = [torch.empty_like(weight) for weight in (self.tap_weight, self.view_weight)]
+            self.output_gradient, self.view_gradient = new(layers, hidden, outputs), new(batch, view_width)
+
+    def run(self, index: int) -> float:
+        """Seconds of all products of a call, after one pass that is not timed, as :meth:`Case.run`."""
+        self.multiply(*self.case.prepare(index + len(self.case.taps) // 2))
+        inputs = self.case.prepare(index)
+        return timed(lambda: self.multiply(*inputs))
+
+    @torch.no_grad()
+    def multiply(self, taps: Tensor, view: Tensor, grad: Tensor) -> None:
+        """All products of a call."""
+        torch.bmm(taps, self.tap_weight, out=self.first)
+        torch.mm(view, self.view_weight, out=self.views)
+        torch.bmm(self.hidden, self.output_weight, out=self.y)
+        if self.case.backward:
+            torch.bmm(grad, self.output_weight.mT, out=self.first)
+            torch.bmm(self.hidden.mT, grad, out=self.output_gradient)
+            torch.bmm(taps.mT, self.hidden, out=self.gradients[0])
+            torch.mm(view.mT, self.rows, out=self.gradients[1])
+            torch.mm(self.rows, self.view_weight.mT, out=self.view_gradient)
+
+
 def ensemble_row(
     shape: tuple[int, ...], dtype: torch.dtype, backward: bool, peers: Sequence[str], seconds: float, rates: Rates
 ) -> dict[str, Any]:
     """One row: the contenders' times and which fraction of the roofline ours reaches.
 
     The roofline is the longer of FLOP over the matrix rate and bytes over the read bandwidth, both measured right
-    before the row.
+    before the row. ``products_fraction`` is what :class:`Products` reach of it, timed in the same rounds.
     """
     case = Case(shape, dtype, backward, peers)
     errors = case.check()
     gemm, read = rates.gemm(dtype), rates.read()
-    times = interleaved({name: partial(case.run, name) for name in case.calls}, seconds, LEAST_ROUNDS)
-    found = compared(times)
-    ours = found["median_us"]["ours"] / 1e6
+    contenders: dict[str, Callable[[int], float]] = {name: partial(case.run, name) for name in case.calls}
+    contenders[PRODUCTS] = Products(case).run
+    found = compared(interleaved(contenders, seconds, LEAST_ROUNDS), also=(PRODUCTS,))
+    ours, products = found["median_us"]["ours"] / 1e6, found["median_us"][PRODUCTS] / 1e6
     by_flop, by_bytes = case.flop() / gemm / 1e9, case.bytes() / read / 1e9
     return {
         "case": dict(zip(AXES, shape, strict=True)),
@@ -197,6 +248,7 @@ def ensemble_row(
         "read_gigabytes_per_s": round(read, 2),
         "bound_by": "flop" if by_flop > by_bytes else "bytes",
         "fraction_of_roofline": round(max(by_flop, by_bytes) / ours, 3),
+        "products_fraction": round(max(by_flop, by_bytes) / products, 3),
         "fraction_of_gemm_rate": round(by_flop / ours, 3),
         "relative_error": errors,
         "compile_seconds": case.compile_seconds,

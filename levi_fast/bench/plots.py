@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from levi_fast.bench import step_charts
+from levi_fast.bench.ensemble import PRODUCTS
 from levi_fast.report.charts import COLOURS, MARKERS
 
 Draw = Callable[[Mapping[str, Any]], str | None]
@@ -50,7 +51,7 @@ def ratios(document: Mapping[str, Any]) -> str | None:
     figure, panels = plt.subplots(
         1, len(kinds), figsize=(1.8 + 2.5 * len(kinds), 1.2 + 0.55 * len(cases)), sharey=True, squeeze=False
     )
-    peers = list(dict.fromkeys(peer for row in rows for peer in row["peer_over_ours"]))
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["peer_over_ours"] if peer != PRODUCTS))
     for axes, (which, dtype) in zip(panels[0], kinds, strict=True):
         for row in rows:
             if (row["pass"], row["dtype"]) != (which, dtype):

@@ -49,7 +49,9 @@ def test_the_command_writes_every_op_with_all_that_a_figure_is_judged_by(tmp_pat
         assert row["median_us"]["ours"] > 0 and row["rounds"] >= 7
         for found in row["peer_over_ours"].values():
             assert found["interval"][0] <= found["median"] <= found["interval"][1]
-    assert set(document["ensemble"][0]["peer_over_ours"]) == {"eager", "hand-batched", "grouped-mm"}
+    assert set(document["ensemble"][0]["peer_over_ours"]) == {"eager", "hand-batched", "grouped-mm", "products"}
+    for row in document["ensemble"]:  # no peer: it computes less
+        assert row["best_peer"] != "products" and row["products_fraction"] > 0
     assert document["call_overhead_us"]["ensemble_module"] > document["call_overhead_us"]["aten_addmm"]
     shown = capsys.readouterr().out
     assert "ensemble: time of each peer over ours" in shown and "hand-batched" in shown.replace("…", "")
