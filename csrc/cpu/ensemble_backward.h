@@ -159,7 +159,7 @@ bool whole_weight_rows(const Ensemble& in, Fill fill, const Work<T>* d, int64_t 
     uint32_t* pairs_left = reinterpret_cast<uint32_t*>(scratch + kWeightRows * (padded + kDepth));
     fill(0, 0, count, left);
     if constexpr (kAsPairs) {
-      pack_pairs_flat(left, kWeightRows, count, pairs_left);
+      pack_pairs_flat(left, kWeightRows, rows, count, pairs_left);
     }
     const Out mode = past ? Out::kStream : Out::kSet;
     for (int64_t j = 0; j < n; j += block) {
@@ -227,7 +227,7 @@ void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* co
       const int64_t next = smaller(kChunk, in.batch - b - count) * padded * static_cast<int64_t>(sizeof(W));
       Ahead ahead = plan(kAsPairs, right + count * padded, next, panels * steps);
       if constexpr (kAsPairs) {
-        pack_pairs_flat(left, kWeightRows, count, reinterpret_cast<uint32_t*>(pairs_left));
+        pack_pairs_flat(left, kWeightRows, rows, count, reinterpret_cast<uint32_t*>(pairs_left));
       }
       for (int64_t j = 0; j < columns; j += kWide) {
         const int64_t width = smaller(kWide, columns - j);
@@ -377,7 +377,7 @@ void backward_sums(const EnsembleBackward& args, GradTask task, int64_t layer, i
             }
           }
           normalised(tap + (b + i) * in.tap_strides[layer] + begin, rows,
-                     in.normalize ? m[b + i] : Moments{0.0f, 1.0f}, to + i * kWeightRows, kWeightRows);
+                     in.normalize ? m[b + i] : Moments{0.0f, 1.0f}, to + i * kWeightRows, round_up(rows, kWide));
         }
       };
       const W* d = tap_side<T>(args) + offset * first;

@@ -60,11 +60,12 @@ inline void pack_pairs(const bf16* b, int64_t row_b, int64_t n, int64_t count, u
   }
 }
 
-// The same rows side by side, not in panels: what the transposed left operand of a weight's gradient is.
-inline void pack_pairs_flat(const bf16* a, int64_t row_a, int64_t count, uint32_t* to) {
+// The same rows side by side, not in panels: what the transposed left operand of a weight's gradient is. Rows of both
+// are `row_a` long, a multiple of kWide.
+inline void pack_pairs_flat(const bf16* a, int64_t row_a, int64_t n, int64_t count, uint32_t* to) {
   for (int64_t k = 0; k < (count + 1) / 2; ++k) {
     const bf16* even = a + 2 * k * row_a;
-    for (int64_t j = 0; j < row_a; j += kWide) {
+    for (int64_t j = 0; j < n; j += kWide) {
       pair_rows(even + j, 2 * k + 1 < count ? even + row_a + j : nullptr, row_a - j, to + k * row_a + j, kWide);
     }
   }

@@ -92,7 +92,9 @@ struct EnsembleKernels {
                         float* scratch);
 };
 
-constexpr int64_t kWeightRows = 96;  // rows of a weight's gradient per task: eight register tiles
+// Rows of a weight's gradient per task, sixteen register tiles at most: each task reads and packs the gradients at the
+// pre-activations anew.
+constexpr int64_t kWeightRows = 192;
 
 // Null where there is none for the dtype (fp64). `isa` must be compiled in.
 const EnsembleKernels* ensemble_kernels(Isa isa, Dtype dtype);
