@@ -83,6 +83,9 @@ fi
 step test_triton 150 "${tests[@]}" -m "not slow" tests/kernels/triton_cases.py --junit-xml="$LOGS/test_triton.xml"
 unset TRITON_INTERPRET
 step test_devices 80 "${tests[@]}" -m "$marks" tests/kernels/test_devices.py --junit-xml="$LOGS/test_devices.xml"
+# The training loop: taps on the device, steps replayed as graphs. Needs transformers and accelerate too.
+step test_training 60 "${tests[@]}" -m "$marks" tests/training/test_graphed_step.py tests/training/test_device_bank.py \
+  --junit-xml="$LOGS/test_training.xml"
 step bench "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py "${device[@]}" --output "$OUT/bench.json" --budget "$(budget 400 120)"
 # CUDA C++ alone, as a machine without Triton has it: no Python between a call and its kernels.
 LEVI_FAST_TRITON=0 step bench_cuda "$TOTAL" "$PYTHON" benchmarks/gpu/bench.py "${device[@]}" \

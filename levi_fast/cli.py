@@ -212,8 +212,8 @@ def train(
     loop: Annotated[
         str,
         typer.Option(
-            help="trainer (transformers' Trainer), lean (same results, faster on precomputed taps), or auto: lean "
-            "where that is worth it.",
+            help="trainer (transformers' Trainer), lean (same results, faster on precomputed taps), graph (lean, its "
+            "steps replayed as CUDA graphs; no GPU has run it yet), or auto: lean where that is worth it.",
             rich_help_panel=TRAINING,
         ),
     ] = "auto",

@@ -176,5 +176,5 @@ def drop_tokens(mask: Tensor, probability: float) -> Tensor:
     """Switch entries of ``mask [B, T]`` off with ``probability``; one random entry per row always stays."""
     draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
     # The largest draw marks a uniformly random real token.
-    survivor = F.one_hot(draw.argmax(dim=1), mask.shape[1]).bool()
+    survivor = torch.arange(mask.shape[1], device=mask.device) == draw.argmax(dim=1, keepdim=True)
     return mask & ((draw >= probability) | survivor)

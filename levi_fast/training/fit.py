@@ -7,6 +7,7 @@ import hashlib
 import os
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 # Of a backbone that is trained: what fine-tuning BERT-sized models and LoRA usually take.
 BACKBONE_LEARNING_RATES = {"frozen": None, "full": 5e-5, "lora": 5e-4}
 
-LOOPS = ("auto", "trainer", "lean")
+LOOPS = ("auto", "trainer", "lean", "graph")
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,11 @@ def fit(
         validation: the same of ID validation data.
         options: see :class:`TrainingOptions`.
         loop: ``"trainer"``: transformers' Trainer; ``"lean"``: the loop of :mod:`levi_fast.training.lean`, with the
-            same results; ``"auto"``: lean, but Trainer where the backbone runs in every step or several processes
-            train together, unless checkpoints are asked for.
+            same results; ``"graph"``: the same loop, its steps replayed as CUDA graphs
+            (:mod:`levi_fast.training.graphed_step`), which no GPU has run yet; one by one, with a warning, where the
+            backbone runs in every step, several processes train together, or something cannot be captured;
+            ``"auto"``: lean, but Trainer where the backbone runs in every step or several processes train together,
+            unless checkpoints are asked for.
         checkpoints: where to write checkpoints, and to go on from if there are any; by the lean loop.
         alone: each of torchrun's processes trains a model of its own.
         on_epoch: called after every epoch; after going on from a checkpoint, for the epochs before it too.
@@ -135,8 +139,7 @@ def fit(
     backbone = model.backbone
     runs_backbone = model.extractor is not None and not (train.has_taps and validation.has_taps)
     backbone_rate = options.backbone_learning_rate or BACKBONE_LEARNING_RATES[model.config.backbone_training]
-    if not alone:
-        check_loop(loop, with_checkpoints=checkpoints is not None)
+    check_loop(loop, options.device, with_checkpoints=checkpoints is not None)
     set_seed(options.seed)
     model.config.blend = model.config.view_blend = 0.0  # logits are those with the view; scoring does the blending
     best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, on_epoch)
@@ -152,12 +155,17 @@ def fit(
             arguments = _arguments(folder, options, num_steps, model.config.backbone_training == "full")
             several = _processes() > 1 and not alone
             lean_serves = checkpoints is not None or not (runs_backbone or several)
+            if loop == "graph" and (runs_backbone or several):
+                reason = "the backbone runs in every step" if runs_backbone else "several processes train together"
+                warnings.warn(f"--loop graph: steps run without a graph, as {reason}", stacklevel=2)
+                loop = "lean"
             with train.only(model.reads), validation.only(model.reads):
-                if loop == "lean" or (loop == "auto" and lean_serves):
+                if loop in ("lean", "graph") or (loop == "auto" and lean_serves):
                     kept = None
                     if checkpoints is not None:
                         kept = Checkpoints(checkpoints, _run_of(model, train, validation, options))
-                    train_lean(model, train, validation, arguments, best, kept, backbone_rate, alone)
+                    graph = loop == "graph"
+                    train_lean(model, train, validation, arguments, best, kept, backbone_rate, alone, graph)
                 else:
                     train_with_trainer(model, train, validation, arguments, best, backbone_rate)
     finally:
@@ -165,12 +173,14 @@ def fit(
     return best.restore(model, time.perf_counter() - started)
 
 
-def check_loop(loop: str, *, with_checkpoints: bool = False) -> None:
-    """Raise DataError unless ``loop`` is known and can serve."""
+def check_loop(loop: str, device: str, *, with_checkpoints: bool = False) -> None:
+    """Raise DataError unless ``loop`` is known and can serve on ``device``, as TrainingOptions names it."""
     if loop not in LOOPS:
         raise DataError(f"--loop: expected one of {', '.join(LOOPS)}, got {loop!r}")
     if with_checkpoints and loop == "trainer":
         raise DataError("--checkpoints: written by the lean loop alone; leave out --loop trainer")
+    if loop == "graph" and resolve_device(device).type != "cuda":
+        raise DataError(f"--loop graph: replays CUDA graphs, and --device {device} is the CPU here")
 
 
 def _run_of(

@@ -6,12 +6,12 @@ same bits (fp32, on the CPU, in one process or two: a sum over more has an order
 no gradient accumulation. With checkpoints it goes on where an earlier run was killed, with the same bits however many
 processes there are.
 
-There is no CUDA graph: it would need a GPU to be tested on.
+On a GPU a step can be replayed as a CUDA graph (:mod:`levi_fast.training.graphed_step`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch
 from levi_fast.training.blending import Logits
 from levi_fast.training.checkpoints import Checkpoints, TrainingState
+from levi_fast.training.graphed_step import CudaGraphs, GraphedStep
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 from levi_fast.training.prefetch import prefetched, resident
 from levi_fast.training.replicas import Replicas, moving_buffers, trained
@@ -42,6 +43,7 @@ def train_lean(
     checkpoints: Checkpoints | None = None,
     backbone_learning_rate: float | None = None,
     alone: bool = False,
+    cuda_graph: bool = False,
 ) -> None:
     """Train a model in place, scoring every epoch; among the processes of its launch, unless ``alone``.
 
@@ -58,9 +60,10 @@ def train_lean(
         checkpoints: written to, and gone on from where there is one already.
         backbone_learning_rate: of a backbone that is trained.
         alone: others that ``torchrun`` started train models of their own.
+        cuda_graph: replay steps as CUDA graphs: of a model on a GPU without its backbone, trained by one process with
+            torch's fused AdamW (Trainer's default).
     """
-    parameters, buffers = trained(model), moving_buffers(model)
-    device = parameters[0].device
+    device = trained(model)[0].device
     replicas = Replicas() if alone else Replicas.of(arguments, device)
     per_epoch = replicas.steps(len(train), arguments.per_device_train_batch_size)
     epochs = int(arguments.num_train_epochs)
@@ -76,24 +79,47 @@ def train_lean(
         torch.manual_seed(arguments.seed + replicas.rank)
     run = Resumable(model, optimizer, scheduler, best, device, replicas)
     first_epoch, done = (0, 0) if checkpoints is None else run.resume(checkpoints)
+    take: Callable[[Mapping[str, Tensor]], object] = TrainingStep(model, optimizer, arguments.max_grad_norm, replicas)
+    if cuda_graph:
+        take = GraphedStep(take, optimizer, CudaGraphs(device), device)
     with resident([train, validation], device):
         for epoch in range(first_epoch, epochs):
             model.train()
             for step, batch in enumerate(epoch_batches(train, arguments, epoch, replicas, done), done + 1):
-                replicas.follow(buffers)
-                model(**batch).loss.backward()
-                replicas.average_gradients(parameters)
-                if arguments.max_grad_norm > 0:
-                    clip_gradients(parameters, arguments.max_grad_norm)
-                optimizer.step()
+                take(batch)
                 scheduler.step()
-                optimizer.zero_grad()
                 if checkpoints is not None and checkpoints.due(step, per_epoch, epoch * per_epoch + step):
                     run.save(checkpoints, epoch, step, epoch * per_epoch + step)
             best.record(score_epoch(model, validation, best, replicas), model)
             done = 0
             if checkpoints is not None:
                 run.save(checkpoints, epoch + 1, 0, (epoch + 1) * per_epoch)
+
+
+class TrainingStep:
+    """A step of training on a batch: forward, backward, clipping, optimizer. It waits for no GPU.
+
+    Args:
+        model: in training mode where it is called, on its device.
+        optimizer: of its trained parameters, without gradients before and after a step.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        replicas: those who take the same step.
+    """
+
+    def __init__(
+        self, model: LeviModel, optimizer: torch.optim.Optimizer, max_grad_norm: float, replicas: Replicas
+    ) -> None:
+        self.model, self.optimizer, self.max_grad_norm, self.replicas = model, optimizer, max_grad_norm, replicas
+        self.parameters, self.buffers = trained(model), moving_buffers(model)
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> None:
+        self.replicas.follow(self.buffers)
+        self.model(**_moved(batch, self.parameters[0].device)).loss.backward()
+        self.replicas.average_gradients(self.parameters)
+        if self.max_grad_norm > 0:
+            clip_gradients(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 class Resumable:
@@ -199,8 +225,7 @@ def epoch_batches(
         _draw_as_a_data_loader()
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     chunks = replicas.rows(epoch_rows(len(dataset), seed, epoch), arguments.per_device_train_batch_size)
-    for batch in prefetched(dataset, chunks[done:]):
-        yield _moved(batch, replicas.device)
+    yield from prefetched(dataset, chunks[done:])
 
 
 def score_epoch(
@@ -229,19 +254,20 @@ def score_epoch(
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_``, which multiplies by 1 where nothing is to be clipped; this leaves that out.
+    """``torch.nn.utils.clip_grad_norm_``; on the CPU it leaves out the product with 1 where nothing is to be clipped.
 
     Returns:
         the norm before clipping.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if not max_norm / (float(norm) + 1e-6) >= 1.0:  # so that NaN goes on to every gradient, as in torch
+    on_gpu = norm.device.type != "cpu"  # which would have to be waited for: more than the products cost
+    if on_gpu or not max_norm / (float(norm) + 1e-6) >= 1.0:  # so that NaN goes on to every gradient, as in torch
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-def _moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A batch on a device; a GPU is not waited for, so that the host gathers the next batch while it computes."""
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 

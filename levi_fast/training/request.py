@@ -98,7 +98,8 @@ def load_task(request: TrainRequest) -> NamedTask:
             "leave out --no-precompute and --backbone-training, or name layers"
         )
     _check_cache(request)
-    check_loop(request.loop, with_checkpoints=checkpoint_options(request) is not None)
+    with_checkpoints = checkpoint_options(request) is not None
+    check_loop(request.loop, request.options.device, with_checkpoints=with_checkpoints)
     if method.selects_features and not request.precompute:
         raise DataError(f"--no-precompute: --method {request.method} selects among precomputed taps")
     if request.include_backbone and not method.has_backbone:

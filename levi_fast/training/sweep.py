@@ -38,7 +38,7 @@ from levi_fast.data.encoded import EncodedDataset
 from levi_fast.errors import DataError
 from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import FitResult
-from levi_fast.training.fit import TrainingOptions, fit, resolve_device
+from levi_fast.training.fit import TrainingOptions, check_loop, fit, resolve_device
 from levi_fast.training.metrics import selection_key
 from levi_fast.training.prefetch import resident
 from levi_fast.training.runs import Splits, move, score
@@ -57,12 +57,14 @@ class Head:
         config: completed, as ``get_levi_model`` leaves it in ``model.config`` (tap layers, widths, view width).
         options: its schedule and seed.
         splits: encoded data with the taps that ``config`` reads attached; heads may share them.
+        loop: "lean" or "graph", see :func:`levi_fast.training.fit.fit`.
     """
 
     name: str
     config: LeviConfig
     options: TrainingOptions
     splits: Splits
+    loop: str = "lean"
 
 
 @dataclass
@@ -110,8 +112,8 @@ def train_heads(
     Workers import this program anew: in a script of your own, call this under ``if __name__ == "__main__":``.
 
     Raises:
-        DataError: no heads, two of one name, a head without taps, a worker that was killed, or no room for the taps
-            in the folder for temporary files.
+        DataError: no heads, two of one name, a head without taps or with a loop that cannot serve, a worker that was
+            killed, or no room for the taps in the folder for temporary files.
     """
     _check(heads)
     if workers is None:
@@ -181,6 +183,9 @@ def _check(heads: Sequence[Head]) -> None:
     for head in heads:
         if names.count(head.name) > 1:
             raise DataError(f"heads: the name {head.name!r} is given twice")
+        if head.loop not in ("lean", "graph"):
+            raise DataError(f"head {head.name!r}: loop: expected lean or graph, got {head.loop!r}")
+        check_loop(head.loop, head.options.device)
         if any(head.config.tap_widths or []):
             for split, dataset in head.splits.named():
                 if not dataset.has_taps:
@@ -251,7 +256,7 @@ def _train(head: Head) -> HeadResult:
     model = LeviModel(head.config)
     move(model, resolve_device(head.options.device))
     try:
-        result = fit(model, head.splits.train, head.splits.validation, head.options, loop="lean", alone=True)
+        result = fit(model, head.splits.train, head.splits.validation, head.options, loop=head.loop, alone=True)
         scored = head.splits.validation if head.splits.test is None else head.splits.test
         id_metrics = score(model, scored)
         ood = {name: score(model, dataset) for name, dataset in head.splits.ood.items()}

@@ -168,7 +168,8 @@ def _label_columns(
             if not any(config.tap_widths or []):
                 config.view_dropout = 0.0  # as get_levi_model has it: a dropped view would leave nothing at all
             title = f"{name}: {configuration.name}" if several else configuration.name
-            heads.append(Head(title, config, options, prepared.splits))
+            loop = "graph" if asked.loop == "graph" else "lean"
+            heads.append(Head(title, config, options, prepared.splits, loop))
         columns.append(LabelColumn(asked, prepared, model, chosen, heads))
     return columns
 

@@ -176,7 +176,11 @@ class TestArguments:
                 ["--backbone-dtype", "int2"],
                 "--backbone-dtype: expected one of float32, bfloat16, int8, int4, got 'int2'",
             ),
-            (["--loop", "fast"], "--loop: expected one of auto, trainer, lean, got 'fast'"),
+            (["--loop", "fast"], "--loop: expected one of auto, trainer, lean, graph, got 'fast'"),
+            (
+                ["--loop", "graph", "--device", "cpu"],
+                "--loop graph: replays CUDA graphs, and --device cpu is the CPU",
+            ),
         ],
     )
     def test_refused_with_the_reason(

@@ -108,7 +108,7 @@ def test_auto_takes_the_lean_loop_where_the_backbone_is_not_run(
 
 
 def test_an_unknown_loop_is_refused(cached_task: Tasks) -> None:
-    with pytest.raises(DataError, match="--loop: expected one of auto, trainer, lean, got 'fast'"):
+    with pytest.raises(DataError, match="--loop: expected one of auto, trainer, lean, graph, got 'fast'"):
         trained(cached_task(), "fast")
 
 

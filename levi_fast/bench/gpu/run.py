@@ -67,6 +67,7 @@ def bench_gpu(output: Path | None, device: str, budget: float, quick: bool = Fal
             for backward in (False, True):
                 jobs.append(lambda c=case, n=name, b=backward: bench_ensemble(run, c, n, b, False))  # type: ignore[misc]
     jobs += [lambda c=c: bench_head_step(run, c, "bfloat16") for c in heads]  # type: ignore[misc]
+    jobs += [lambda c=c: _bench_lean_step(run, c) for c in heads]  # type: ignore[misc]
     for backward in (False, True):
         jobs += [lambda c=c, b=backward: bench_unequal(run, c, b) for c in unequal]  # type: ignore[misc]
     # What torch.compile does takes its minutes last: as many of the cases as are left room for.
@@ -91,3 +92,9 @@ def bench_gpu(output: Path | None, device: str, budget: float, quick: bool = Fal
     run.result["left_out"] = len(jobs) + len(slow) - done
     run.save()
     return run
+
+
+def _bench_lean_step(run: Run, case: tuple[int, ...]) -> None:
+    from levi_fast.bench.gpu.lean_step import bench_lean_step  # imports transformers, which no other row needs
+
+    bench_lean_step(run, case)
