@@ -72,7 +72,7 @@ def sizes(document: Mapping[str, Any]) -> str:
 def rules(document: Mapping[str, Any]) -> str:
     """How the blend is chosen × data sets, trained by default; then LEVI's two parts by themselves."""
     data = document["data"]
-    names = next(iter(data.values()))["default"]
+    names = [rule for rule in next(iter(data.values()))["default"] if rule not in document["three_ways"]["rules"]]
     rows = {rule: {d: found["default"].get(rule) for d, found in data.items()} for rule in names}
     return _tried(document, {**rows, **_parts(data)}, "blend")
 
@@ -80,9 +80,29 @@ def rules(document: Mapping[str, Any]) -> str:
 def trainings(document: Mapping[str, Any]) -> str:
     """Ways of training × data sets, under the rule that is the default; then LEVI's two parts by themselves."""
     data = document["data"]
-    names = dict.fromkeys(name for found in data.values() for name in found if name not in _PARTS)
+    apart = (*_PARTS, *(name for name in document["three_ways"]["trainings"] if name != "default"))
+    names = dict.fromkeys(name for found in data.values() for name in found if name not in apart)
     rows = {n: {d: found[n][document["rule"]] for d, found in data.items() if n in found} for n in names}
     return _tried(document, {**rows, **_parts(data)}, "training")
+
+
+def weighings(document: Mapping[str, Any]) -> str:
+    """Trainings whose y(0, view) is weighed too, under one rule × data sets; then LEVI's two parts by themselves."""
+    ways = document["three_ways"]
+    return _three_ways(document, {name: (name, ways["rule"]) for name in ways["trainings"]}, "training")
+
+
+def three_way_rules(document: Mapping[str, Any]) -> str:
+    """Rules that weigh y(0, view) too, of one training × data sets; then LEVI's two parts by themselves."""
+    ways = document["three_ways"]
+    return _three_ways(document, {rule: (ways["training"], rule) for rule in ways["rules"]}, "weights")
+
+
+def _three_ways(document: Mapping[str, Any], wanted: Mapping[str, tuple[str, str]], first: str) -> str:
+    data = document["data"]
+    shown = {"default, with its own rule": ("default", document["rule"]), **wanted}
+    rows = {n: {d: found.get(t, {}).get(rule) for d, found in data.items()} for n, (t, rule) in shown.items()}
+    return _tried(document, {**rows, **_parts(data)}, first)
 
 
 _PARTS = ("taps-only", "task-model")
@@ -132,4 +152,12 @@ def _cell(figure: Mapping[str, Any], metric: str, sign: str = "") -> str:
     return shown if figure["sd"] is None else f"{shown} ± {scale * figure['sd']:.{digits}f}"
 
 
-MAKERS = {"methods": methods, "ablations": ablations, "sizes": sizes, "rules": rules, "trainings": trainings}
+MAKERS = {
+    "methods": methods,
+    "ablations": ablations,
+    "sizes": sizes,
+    "rules": rules,
+    "trainings": trainings,
+    "weighings": weighings,
+    "three-way-rules": three_way_rules,
+}

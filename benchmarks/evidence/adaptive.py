@@ -1,6 +1,6 @@
 """How far the prediction should lean on the frozen taps: what was tried so that LEVI is no worse OOD than its parts.
 
-    python benchmarks/evidence/adaptive.py --shared DIR --work DIR [--choose 3] [--confirm 5]
+    python benchmarks/evidence/adaptive.py --shared DIR --work DIR [--choose 3] [--confirm 3]
 
 Every way of training is combined with every rule that picks the blend on ID validation rows; ``a`` is the weight of
 the prediction with the view zeroed. Chosen on ``CHOSEN_ON``, then confirmed on ``CONFIRMED_ON``, whose OOD figures
@@ -20,8 +20,10 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import three_ways
 import torch
 from gates import GATES, Layers
+from three_ways import Ways
 from variants import Group, Record, Variant, load, run
 
 from levi_fast.modeling import LeviModel
@@ -41,8 +43,8 @@ from levi_fast.training.prediction import predict
 from levi_fast.training.runs import Splits
 
 RESULTS = Path(__file__).parents[1] / "results"
-CHOSEN_ON = ("synthetic", "imdb-reversed", "movielens-years")
-CONFIRMED_ON = ("imdb", "movielens-genres")
+CHOSEN_ON = ("synthetic", "imdb-reversed", "movielens-years", "movielens-years-500")
+CONFIRMED_ON = ("imdb", "movielens-genres", "movielens-genres-500", "digits")
 
 TRAININGS = [
     Variant("default"),
@@ -52,8 +54,23 @@ TRAININGS = [
     Variant("view at a tenth of the learning rate"),
     Variant("loss with and without the view", model={"view_dropout": 0.0}),
     Variant("view frozen after a quarter of the steps"),
+    Variant("tap dropout 0.1"),
+    Variant("tap dropout 0.25"),
+    Variant("loss of y(0, view), weight 0.25", model={"view_loss": 0.25}),
+    Variant("loss of y(0, view), weight 1", model={"view_loss": 1.0}),
 ]
-PARTS = [Variant("taps-only", "taps-only"), Variant("task-model", "task-model")]
+# Those whose y(0, view) is weighed as well, and LEVI by default with its parts trained by themselves.
+THREE_WAYS = (
+    "default",
+    "tap dropout 0.1",
+    "tap dropout 0.25",
+    "loss of y(0, view), weight 0.25",
+    "loss of y(0, view), weight 1",
+)
+CHOSEN = ("task model trained apart", "largest a within 1 standard error, with y(0, view) where within 1")
+APART = {"task model trained apart": ("task-model",), "both parts trained apart": ("taps-only", "task-model")}
+PART_NAMES = ("taps-only", "task-model")
+PARTS = [Variant(name, name) for name in PART_NAMES]
 
 Rule = Callable[[np.ndarray, np.ndarray, np.ndarray, str], float]
 
@@ -134,8 +151,10 @@ def _stopped_view(steps: int, model: LeviModel, *arguments: Any) -> torch.optim.
 
 @contextmanager
 def trained_as(variant: Variant, group: Group) -> Iterator[None]:
-    """The three ways of training that no setting of the library names."""
+    """The ways of training that no setting of the library names."""
     with ExitStack() as stack:
+        if variant.name.startswith("tap dropout"):
+            stack.enter_context(three_ways.tap_dropout(float(variant.name.rpartition(" ")[2])))
         if variant.name.startswith("loss with and without"):
             stack.enter_context(patch.object(LeviModel, "loss", _both_losses))
             stack.enter_context(patch.object(LayerwiseEnsemble, "forward", _remembering))
@@ -148,10 +167,19 @@ def trained_as(variant: Variant, group: Group) -> Iterator[None]:
         yield
 
 
-def train(group: Group, variant: Variant) -> dict[str, Any]:
-    """One training, scored under every rule: ``{rule: {"blend": a, "ID": score, "OOD": mean of scores}}``."""
+def train(group: Group, variant: Variant, predictions: Path) -> dict[str, Any]:
+    """One training, scored under every rule: ``{rule: {"blend": a, "ID": score, "OOD": mean of scores}}``.
+
+    What :func:`weighed` needs of it is kept at ``predictions``.
+    """
     with trained_as(variant, group):
         result, splits, seconds = run(group, variant)
+    if variant.name in THREE_WAYS or variant in PARTS:
+        if variant.name != "task-model":
+            group.bank.attach(result.model, splits)
+        three_ways.write(predictions, three_ways.predicted(result.model, splits))
+        for _, data in splits.named():
+            data.set_taps(None)
     kind = str(result.model.config.problem_type)
     metric = SELECTION_METRIC[kind]
     if variant.method != "levi":
@@ -199,10 +227,40 @@ def _layers_of(model: LeviModel, splits: Splits, blend: float) -> dict[str, np.n
     return {name: logits for name, logits in found.items() if logits is not None}
 
 
+def weighed(run: dict[str, Any], predictions: Callable[[str], Path]) -> Iterator[dict[str, Any]]:
+    """A run with the rules of :mod:`three_ways` added; the default again, for each entry of :data:`APART`."""
+    if run["variant"] not in THREE_WAYS or not predictions(run["variant"]).is_file():
+        yield run
+        return
+    kind = next(kind for kind, metric in SELECTION_METRIC.items() if metric == run["metric"])
+    own = three_ways.read(predictions(run["variant"]))
+    yield {**run, "rules": {**run["rules"], **_three(own, kind)}}
+    for name, parts in APART.items() if run["variant"] == "default" else ():
+        other = {part: three_ways.read(predictions(part)) for part in parts}
+        ways = {
+            split: three_ways.with_parts(found, *(other[p][split] if p in other else None for p in PART_NAMES))
+            for split, found in own.items()
+        }
+        yield {**run, "variant": name, "rules": _three(ways, kind)}
+
+
+def _three(found: dict[str, Ways], kind: str) -> dict[str, Any]:
+    rules = {}
+    for name, rule in three_ways.RULES.items():
+        weights = rule(found["validation"], kind)
+        scores = {
+            split: compute_metrics(ways.weighed(weights), ways.labels, kind)[SELECTION_METRIC[kind]]
+            for split, ways in found.items()
+        }
+        ood = statistics.fmean(score for split, score in scores.items() if split.startswith("ood "))
+        rules[name] = {"blend": weights, "ID": scores["test"], "OOD": ood}
+    return rules
+
+
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, by data set, training and rule."""
     summary: dict[str, Any] = {}
-    order = [variant.name for variant in (*TRAININGS, *PARTS)]
+    order = [*(variant.name for variant in TRAININGS), *APART, *PART_NAMES]
     for entry in sorted(runs, key=lambda run: order.index(run["variant"])):
         of_data = summary.setdefault(entry["data"], {}).setdefault(entry["variant"], {})
         for rule, found in entry["rules"].items():
@@ -221,10 +279,14 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="folder for finished runs and taps")
     parser.add_argument("--choose", type=int, default=3, help="seeds on the data sets that choose")
-    parser.add_argument("--confirm", type=int, default=5, help="seeds on those that confirm")
+    parser.add_argument("--confirm", type=int, default=3, help="seeds on those that confirm")
     asked = parser.parse_args()
     console = Console()
     record = Record(asked.work / "adaptive.jsonl")
+
+    def kept(data: str, seed: int, variant: str) -> Path:
+        return asked.work / "predictions" / f"{data} {seed} {variant}.npz"
+
     wanted = [*TRAININGS, *PARTS]
     plan = [(data, seed) for data in CHOSEN_ON for seed in range(asked.choose)]
     plan += [(data, seed) for data in CONFIRMED_ON for seed in range(asked.confirm)]
@@ -234,15 +296,23 @@ def main() -> None:
         for variant in missing:
             if group is None or not group.has(variant):
                 continue
-            found = train(group, variant)
+            found = train(group, variant, kept(data, seed, variant.name))
             record.add({"data": data, "seed": seed, "variant": variant.name, **found})
             console.note(f"{data}, seed {seed}, {variant.name}: {found['seconds']} s")
     document = {
         "chosen_on": CHOSEN_ON,
         "confirmed_on": CONFIRMED_ON,
         "rule": RULE,
+        "three_ways": {
+            "training": CHOSEN[0],
+            "rule": CHOSEN[1],
+            "trainings": [*THREE_WAYS, *APART],
+            "rules": list(three_ways.RULES),
+        },
         "metrics": {entry["data"]: entry["metric"] for entry in record.runs},
-        "data": summarise(record.runs),
+        "data": summarise(
+            [found for run in record.runs for found in weighed(run, partial(kept, run["data"], run["seed"]))]
+        ),
         "versions": versions(),
     }
     write_metrics(RESULTS / "evidence-adaptive.json", document)

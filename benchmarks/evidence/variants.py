@@ -29,7 +29,8 @@ from levi_fast.training.request import TrainRequest
 from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
 from levi_fast.training.tasks import TableFiles
 
-DATA = ("imdb", "imdb-reversed", "movielens-genres", "movielens-years", "synthetic")
+MOVIELENS = ("movielens-genres", "movielens-years", "movielens-genres-500", "movielens-years-500")
+DATA = ("imdb", "imdb-reversed", *MOVIELENS, "synthetic", "digits")
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,13 @@ def _source(name: str, shared: Path, seed: int, caches: Path) -> tuple[dict[str,
         files = TableFiles(*own, {shifted: str(folder / shifted / "test.tsv")})
         return {"files": files, "columns": Columns(text=("Text",), label="Sentiment")}, True
     if name.startswith("movielens-"):
-        data, split = str(shared / "movielens-small"), name.removeprefix("movielens-")
-        return {"task_name": "movielens", "data": data, "split": split}, False
+        _, split, *rows = name.split("-")
+        source = {"task_name": "movielens", "data": str(shared / "movielens-small"), "split": split}
+        # as benchmarks/evidence/all-movielens.yaml
+        few = {"max_train_rows": 500, "max_eval_rows": 500, "max_length": 128} if rows else {}
+        return {**source, **few}, False
+    if name == "digits":
+        return {"task_name": "digits", "data": str(caches / "digits-stand-ins")}, False
     folder = caches / f"synthetic-reviews-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = {part: str(path) for part, path in synthetic.write_csv(folder, seed).items()}

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "benchmarks" / "evidence"
@@ -25,6 +27,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
         "pages",
         "performance_tables",
         "targets",
+        "three_ways",
         "variants",
     ):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -66,6 +69,37 @@ def test_a_table_marks_what_the_tests_found(scripts: None) -> None:
         "71.0 ± 1.0 =",
         "**80.0 ± 1.0** &gt;",
     ]
+
+
+def test_the_studied_rule_is_the_librarys(scripts: None) -> None:
+    import three_ways
+
+    from levi_fast.training.blending import Logits, choose_blend
+
+    rng = np.random.default_rng(0)
+    labels = rng.normal(size=60)
+    for noise in rng.uniform(0.4, 0.6, size=(40, 3, 1, 1)):
+        ways = three_ways.Ways(labels[:, None] + noise * rng.normal(size=(3, 60, 1)), labels)
+        weights = three_ways.with_level_view(ways, "regression")
+        chosen, _ = choose_blend(Logits(*ways.logits), labels, "regression")
+        np.testing.assert_allclose(ways.weighed(weights), Logits(*ways.logits).blended(chosen))
+
+
+def test_tap_dropout_spares_examples_without_a_view(scripts: None) -> None:
+    import three_ways
+
+    from levi_fast import LayerwiseEnsemble
+
+    torch.manual_seed(0)
+    model = LayerwiseEnsemble([4, 4], 3, 2, view_dropout=0.5).train()
+    taps, view = torch.randn(2, 1000, 4), torch.randn(1000, 3)
+    with three_ways.tap_dropout(0.25):
+        trained = model(taps, view).logits
+    model.eval()
+    whole = model(taps, view, zeroed_view=True)
+    kinds = (whole.logits, whole.logits_without_view, model(torch.zeros_like(taps), view).logits)
+    shares = [torch.isclose(trained, kind).all(1).double().mean().item() for kind in kinds]
+    assert sum(shares) == 1.0 and shares == pytest.approx([0.25, 0.5, 0.25], abs=0.05)
 
 
 @pytest.mark.slow
