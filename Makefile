@@ -105,7 +105,7 @@ BENCH_PLOTS ?= docs/performance
 MOVIELENS ?=
 SWEPT := --peers hidden-states,lora --output $(BENCH_OUT)/steps_cpu.json --plots $(BENCH_PLOTS)
 .PHONY: bench
-bench: $(STAMP)  ## the CPU's part of the benchmarks, half an hour on two idle cores; JSON and charts
+bench: $(STAMP)  ## the CPU's part of the benchmarks, under half an hour on two idle cores; JSON and charts
 	$(BENCH) kernels --device cpu --peers all --output $(BENCH_OUT)/kernels_cpu.json --plots $(BENCH_PLOTS)
 	$(BENCH) step --device cpu --output $(BENCH_OUT)/steps_cpu.json --plots $(BENCH_PLOTS)
 	$(BENCH) step --device cpu --backbone minilm,bert-base,t5-base --batch-size 2,8 --length 32,128 $(SWEPT)
