@@ -8,13 +8,15 @@ and run nothing: imports take longer than most of what is measured.
 
 from __future__ import annotations
 
-import multiprocessing
+import atexit
+import contextlib
+import functools
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import forkserver
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,7 @@ HAND_BACK_AT_ONCE = {
     "MALLOC_TRIM_THRESHOLD_": "0",
     "MALLOC_ARENA_MAX": "1",
 }
-PRELOADED = [
-    *(__name__, "levi_fast.bench.methods", "peft"),
-    *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("bert", "llama", "t5", "vit")),
-]
+MODELS = ("bert", "llama", "t5", "vit")  # of transformers, that are measured: imported once for all processes
 
 
 def text(batch: int, tokens: int, vocabulary: int = VOCABULARY) -> dict[str, torch.Tensor]:
@@ -75,37 +74,90 @@ def peak_of(call: Callable[[], object], device: str = "cpu") -> int:
     return high_water_mark() - before
 
 
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+class Server:
+    """A process that has imported what measuring needs and answers every request from a fork of itself.
+
+    Not multiprocessing's "forkserver": a program has one of these, and it may have begun without the settings that
+    glibc reads once, when a process starts.
+    """
+
+    def __init__(self) -> None:
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # what libraries print belongs to no table
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__], env={**os.environ, **HAND_BACK_AT_ONCE}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said,
+        )  # fmt: skip
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to one request; ``error`` says why there is none."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: the empty answer below
+        line = self.process.stdout.readline()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        if (status := self.process.wait()) < 0:
+            return {"error": _killed(-status)}
+        self.said.seek(0)
+        last = (self.said.read().strip().splitlines() or ["it said nothing"])[-1]
+        return {"error": f"ended with status {status}: {last}"}
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()
+        self.said.close()
+
+
+@functools.cache
+def _server() -> Server:
+    server = Server()
+    atexit.register(server.close)
+    return server
 
 
 def in_own_process(request: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`measure` answers to a request, from a fresh process.
 
     Raises:
-        DataError: the process ended without an answer; the message says why, where the process could.
+        DataError: the process ended without an answer; the message says why, where it could.
     """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOADED)
-    with _environment(HAND_BACK_AT_ONCE):  # glibc reads it once, when the first of these processes starts
-        forkserver.ensure_running()
-    try:
-        with ProcessPoolExecutor(1, mp_context=processes, max_tasks_per_child=1) as one:
-            return one.submit(measure, request).result()
-    except BrokenProcessPool:
-        raise DataError(f"memory of {dict(request)}: its process was killed; out of memory?") from None
-    except Exception as error:
-        raise DataError(f"memory of {dict(request)}: its process failed: {type(error).__name__}: {error}") from error
+    server = _server()
+    answer = server.ask(request)
+    if server.process.poll() is not None:
+        _server.cache_clear()  # the next request gets a new one
+    if "error" in answer:
+        raise DataError(f"memory of {dict(request)}: its process {answer['error']}")
+    return answer
+
+
+def _serve() -> None:
+    """Requests from stdin, a line each, and answers to stdout, until stdin ends."""
+    import importlib
+
+    for name in ("levi_fast.bench.methods", *(f"transformers.models.{kind}.modeling_{kind}" for kind in MODELS)):
+        importlib.import_module(name)
+    with contextlib.suppress(ImportError):  # an option
+        importlib.import_module("peft")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        if (child := os.fork()) == 0:
+            try:
+                answer = measure(json.loads(line))
+            except Exception as error:
+                answer = {"error": f"failed: {type(error).__name__}: {error}"}
+            print(json.dumps(answer), file=answers, flush=True)
+            os._exit(0)
+        if (status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) < 0:
+            print(json.dumps({"error": _killed(-status)}), file=answers, flush=True)
+
+
+def _killed(by: int) -> str:
+    return f"was killed by signal {by}; out of memory?"
 
 
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,3 +232,7 @@ def _step_peak(
     inputs = spec.batches(1, batch, length, device)[0]
     peak = peak_of(lambda: contender.step(inputs), device)
     return {"step": peak, "held": contender.held_bytes()}
+
+
+if __name__ == "__main__":
+    _serve()

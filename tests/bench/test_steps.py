@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -152,17 +154,24 @@ def test_memory_comes_from_processes_of_their_own(tmp_path: Path, monkeypatch: p
         peaks.bench_memory(options, None, parts=("epoch",))
 
 
-class Dies:
-    """Whoever unpickles it ends, as the kernel ends a process that takes too much memory."""
-
-    def __reduce__(self) -> Any:
-        return os._exit, (9,)
-
-
 def test_a_process_that_is_killed_is_an_error_and_the_next_one_answers() -> None:
-    with pytest.raises(DataError, match=r"memory of .*: its process was killed; out of memory\?"):
-        memory_module.in_own_process({"layers": Dies()})
-    assert memory_module.in_own_process({"layers": 1, "what": "bare", "device": "cpu"})["peak"] > 0
+    request = {"layers": 1, "what": "bare", "device": "cpu"}
+    peak = memory_module.in_own_process(request)["peak"]
+    server = memory_module._server().process
+    while psutil.Process(server.pid).children():  # it has answered, and may not have ended yet
+        time.sleep(0.01)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(memory_module.in_own_process, {**request, "layers": 200})
+        while not (measuring := psutil.Process(server.pid).children()):
+            time.sleep(0.01)
+        measuring[0].kill()
+        with pytest.raises(DataError, match=r"memory of .*: its process was killed by signal 9; out of memory\?"):
+            answer.result()
+    assert memory_module._server().process is server  # only the one that measured has ended
+    server.kill()
+    with pytest.raises(DataError, match=r"memory of .*: its process was killed by signal 9"):
+        memory_module.in_own_process(request)
+    assert abs(memory_module.in_own_process(request)["peak"] - peak) < 2**20
 
 
 def test_a_process_that_fails_says_why() -> None:
