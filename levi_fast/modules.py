@@ -34,33 +34,29 @@ class LayerwiseEnsemble(reference.LayerwiseEnsemble):
         """
         reference.check_ensemble_inputs(taps, view, self.tap_widths, self.view_width)
         keep = None if view is None else self.draw_view_keep(view.shape[0], view.device)
-        return EnsembleOutput(
-            *functional.checked_ensemble(
-                taps,
-                view,
-                self.tap_weight,
-                self.view_weight,
-                self.bias,
-                self.output_weight,
-                self.output_bias,
-                None if self.mix_logits is None else self.mix_logits.softmax(0),
-                self.activation,
-                self.normalize,
-                keep,
-                self.dropout if self.training else 0.0,
-                zeroed_view,
-            )
-        )
+        return self._computed(taps, self.tap_weight, view, keep, zeroed_view)
 
     def without_taps(self, view: Tensor) -> EnsembleOutput:
         """As :meth:`levi_fast.reference.LayerwiseEnsemble.without_taps`; the taps' product is left out."""
         reference.check_view(view, self.view_width, view.shape[0])
         layers, width = self.bias.shape
+        taps = self.bias.new_empty(layers, view.shape[0], 0)
+        none = self.tap_weight.new_empty(0, width)  # not a slice: its gradient would be zeros of the whole weight
+        return self._computed(taps, none, view, None, False)
+
+    def _computed(
+        self,
+        taps: Tensor | Sequence[Tensor],
+        tap_weight: Tensor,
+        view: Tensor | None,
+        view_keep: Tensor | None,
+        zeroed_view: bool,
+    ) -> EnsembleOutput:
         return EnsembleOutput(
             *functional.checked_ensemble(
-                self.bias.new_empty(layers, view.shape[0], 0),
+                taps,
                 view,
-                self.tap_weight.new_empty(0, width),  # not a slice: its gradient would be zeros of the whole weight
+                tap_weight,
                 self.view_weight,
                 self.bias,
                 self.output_weight,
@@ -68,8 +64,8 @@ class LayerwiseEnsemble(reference.LayerwiseEnsemble):
                 None if self.mix_logits is None else self.mix_logits.softmax(0),
                 self.activation,
                 self.normalize,
-                None,
+                view_keep,
                 self.dropout if self.training else 0.0,
-                False,
+                zeroed_view,
             )
         )

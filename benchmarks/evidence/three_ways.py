@@ -6,7 +6,6 @@ so every adapting layer learns to answer from the view alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from levi_fast.modeling import LeviModel
 from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
-from levi_fast.training.metrics import compute_metrics, row_losses, selection_key
+from levi_fast.training.metrics import compute_metrics, row_losses, selection_key, within_standard_error
 from levi_fast.training.prediction import predict
 from levi_fast.training.runs import Splits
 
@@ -117,8 +116,7 @@ def level(held: Ways, kind: str) -> tuple[int, list[bool]]:
     scores = [selection_key(compute_metrics(logits, held.labels, kind), kind) for logits in held.logits]
     best = max(range(3), key=lambda way: scores[way])
     losses = [row_losses(logits, held.labels, kind) for logits in held.logits]
-    worse = [own - losses[best] for own in losses]
-    return best, [bool(more.mean() <= more.std() / math.sqrt(len(more))) for more in worse]
+    return best, [within_standard_error(own - losses[best]) for own in losses]
 
 
 def _mean(chosen: list[bool]) -> Weights:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from levi_fast.training.metrics import best_blend, blend_logits, compute_metrics, row_losses, selection_key
+from levi_fast.training.metrics import (
+    best_blend,
+    blend_logits,
+    compute_metrics,
+    row_losses,
+    selection_key,
+    within_standard_error,
+)
 
 
 class Blend(NamedTuple):
@@ -67,10 +73,6 @@ def choose_blend(logits: Logits, labels: np.ndarray, problem_type: str) -> tuple
     keys = [selection_key(compute_metrics(own, labels, problem_type), problem_type) for own in three]
     losses = [row_losses(own, labels, problem_type) for own in three]
     least = losses[max(range(3), key=lambda place: keys[place])]
-    both, taps, view = (_level(own - least) for own in losses)
+    both, taps, view = (within_standard_error(own - least) for own in losses)
     weights = Blend(float(taps), view / (view + (both or taps)))
     return weights, compute_metrics(logits.blended(weights), labels, problem_type)
-
-
-def _level(worse: np.ndarray) -> bool:
-    return bool(worse.mean() <= worse.std() / math.sqrt(len(worse)))

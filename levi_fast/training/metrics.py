@@ -83,9 +83,14 @@ def best_blend(
     for blend in BLENDS:
         if blend > best:
             worse = row_losses(blended[blend], labels, problem_type) - row_losses(blended[best], labels, problem_type)
-            if worse.mean() <= worse.std() / math.sqrt(len(worse)):
+            if within_standard_error(worse):
                 chosen = blend
     return chosen, scores[chosen]
+
+
+def within_standard_error(worse: np.ndarray) -> bool:
+    """Whether losses ``[N]`` beyond the best one's, row by row, are no more than a standard error on average."""
+    return bool(worse.mean() <= worse.std() / math.sqrt(len(worse)))
 
 
 def row_losses(logits: np.ndarray, labels: np.ndarray, problem_type: str) -> np.ndarray:
