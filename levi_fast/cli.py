@@ -111,9 +111,9 @@ def train(
     method: Annotated[
         str,
         typer.Option(
-            help="levi, or a baseline: levi-last-tap, taps-only (LEVI without view, or levi-no-view), linear-probe, "
-            "mlp-probe, head2toe, output-ensemble, task-model; with the backbone trained: fine-tuning, lora, lp-ft, "
-            "wise-ft, levi-fine-tuned, levi-lora.",
+            help="levi, or a baseline: levi-no-standalone, levi-last-tap, taps-only (LEVI without view, or "
+            "levi-no-view), linear-probe, mlp-probe, head2toe, output-ensemble, task-model; with the backbone "
+            "trained: fine-tuning, lora, lp-ft, wise-ft, levi-fine-tuned, levi-lora.",
             rich_help_panel=MODEL,
         ),
     ] = "levi",
@@ -144,12 +144,22 @@ def train(
             rich_help_panel=MODEL,
         ),
     ] = 0.0,
+    standalone_view: Annotated[
+        bool | None,
+        typer.Option(
+            "--standalone-view/--no-standalone-view",
+            help="Train a second task model by itself beside LEVI; its prediction is averaged in, and the model "
+            "kept, where ID validation cannot tell it from the best.",
+            show_default="on; off with --view-loss or a number for --blend",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     blend: Annotated[
         str,
         typer.Option(
-            help="Weight of the prediction with the task model hidden: a number from 0 to 1, or auto: of 0, "
-            "0.5 and 1 the largest that ID validation cannot tell from the best; with --view-loss, the task model's "
-            "own prediction is averaged in where it is as good.",
+            help="Weight of the prediction with the task model hidden: a number from 0 to 1, or auto: the "
+            "largest that ID validation cannot tell from the best. Then also the task model's own prediction "
+            "(--standalone-view or --view-loss) is averaged in where it is as good.",
             rich_help_panel=MODEL,
         ),
     ] = "auto",
@@ -264,6 +274,8 @@ def train(
         "view_loss": view_loss,
         "backbone_training": backbone_training,
     }
+    if standalone_view is not None:
+        model_fields["standalone_view"] = standalone_view
     if backbone_layers is not None:
         model_fields["backbone_layers"] = backbone_layers
     if taps is not None:

@@ -58,6 +58,9 @@ class LeviConfig(PreTrainedConfig):
         view_loss: weight of the loss of ``y(0, view)``, the prediction with the taps zeroed, which is added while
             training, so that the view answers by itself too; 0 leaves it out. Of the "layerwise" head, where it has
             taps and a view.
+        standalone_view: a second task model with a head of its own is trained beside LEVI on the same batches, and
+            its prediction is ``y(0, view)`` in place of the ensemble's. Of the "layerwise" head, where it has taps
+            and a view. ``levi-fast train`` sets it, and keeps the second model only where it gets a weight.
         blend, view_blend: weights a and b in [0, 1], used in eval mode: the prediction is
             ``(1 - b) ((1 - a) y(tap, view) + a y(tap, 0)) + b y(0, view)``. Chosen on in-distribution validation data
             by ``levi-fast train``.
@@ -101,6 +104,7 @@ class LeviConfig(PreTrainedConfig):
     label_smoothing: float = 0.0
     view_dropout: float = 0.5
     view_loss: float = 0.0
+    standalone_view: bool = False
     blend: float = 0.0
     view_blend: float = 0.0
     task_model: dict[str, Any] | None = None
@@ -168,6 +172,13 @@ class LeviConfig(PreTrainedConfig):
         weight = self.view_loss
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
             raise ValueError(f"view_loss: expected a number of at least 0, got {weight!r}")
+        if self.standalone_view and self.view_loss:
+            raise ValueError(
+                f"view_loss: trains the ensemble to answer from the view, which standalone_view leaves to a model of "
+                f"its own; expected 0 beside it, got {weight}"
+            )
+        if self.standalone_view and self.head != "layerwise":
+            raise ValueError(f"standalone_view: only with head='layerwise', got {self.head!r}")
         if self.view_blend and self.head != "layerwise":
             raise ValueError(f"view_blend: only with head='layerwise', got {self.head!r}")
         if not self.target_std > 0:

@@ -77,7 +77,8 @@ def check_levi_config(document: Mapping[str, Any], where: str = "config.json") -
         isinstance(taps, list) and len(taps) <= MAX_LAYERS and all(_is_int(t, -MAX_LAYERS, MAX_LAYERS) for t in taps)
     )
     _require(where, "taps", fits, "text or a list of layer indices", document)
-    _require(where, "normalize", isinstance(document.get("normalize", True), bool), "true or false", document)
+    for name in ("normalize", "standalone_view"):
+        _require(where, name, isinstance(document.get(name, True), bool), "true or false", document)
     selection = document.get("tap_selection")
     _require(where, "tap_selection", selection is None or isinstance(selection, dict), "an object or null", document)
     check_sizes(selection, f"{where}: tap_selection")

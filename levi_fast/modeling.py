@@ -31,6 +31,7 @@ from levi_fast.offloading import is_placed, leave_backbone_alone
 from levi_fast.quantization import backbone_dtype
 from levi_fast.reference import blend, mixed
 from levi_fast.saving import FolderModel, fingerprint_of
+from levi_fast.standalone import StandaloneView
 from levi_fast.taps import TapExtractor
 from levi_fast.tokens import by_token, flat_tokens
 from levi_fast.view import task_model_of, token_spec, view_width_for
@@ -49,8 +50,8 @@ class LeviOutput(ModelOutput):
         layer_logits: [L, B, C], each adapting layer's prediction, blended likewise.
         logits_without_view: [B, C], the prediction with the view zeroed; in eval mode, where there is a view.
         logits_with_view: [B, C], the prediction before blending; likewise.
-        logits_without_taps: [B, C], the view's own prediction; in eval mode, where the config gives it a loss or a
-            weight.
+        logits_without_taps: [B, C], the view's own prediction: the standalone task model's where there is one; in
+            eval mode, where the config gives it a loss or a weight.
     """
 
     loss: Tensor | None = None
@@ -72,6 +73,7 @@ class LeviModel(FolderModel):
         backbone: the pre-trained model, or None (``taps="none"``, or loaded to run on precomputed taps alone).
         extractor: reads the taps out of it, or None.
         task_model: the small model trained from scratch, or None.
+        standalone: a second one with a head of its own (``config.standalone_view``), or None.
         ensemble: the :class:`levi_fast.LayerwiseEnsemble`, or what else ``config.head`` names.
     """
 
@@ -111,6 +113,9 @@ class LeviModel(FolderModel):
             if is_placed(backbone):
                 leave_backbone_alone(self)  # each process has its own
         self._task_inputs, self._task_takes_all = keyword_names(self.task_model)
+        self.standalone: StandaloneView | None = None
+        if config.standalone_view:  # last, so that all else starts from the weights that it has without
+            self.standalone = StandaloneView(config, self.task_model)
         self.post_init()
         self.register_state_dict_post_hook(drop_untrained)
         self.register_load_state_dict_post_hook(forgive_missing_untrained)
@@ -212,10 +217,11 @@ class LeviModel(FolderModel):
         }
         given = {name: value for name, value in named.items() if value is not None}
         self._refuse_unknown(given)
-        view = None
+        view, view_inputs = None, given
         if self.task_model is not None:
-            arguments = given if self._task_takes_all else {k: v for k, v in given.items() if k in self._task_inputs}
-            view = self.task_model(**arguments)
+            if not self._task_takes_all:
+                view_inputs = {name: value for name, value in given.items() if name in self._task_inputs}
+            view = self.task_model(**view_inputs)
         shape = None  # [B, T] where every token is an example
         if self.config.pooling == "token":
             shape, taps, view, labels = flat_tokens(given, taps, view, labels)
@@ -225,15 +231,19 @@ class LeviModel(FolderModel):
         output: EnsembleOutput = self.ensemble(layer_taps, view, zeroed_view=asks_zeroed)
         with_view, alone = output.logits, None
         if has_both and self._asks_view_alone(labels):
-            alone = self.ensemble.without_taps(cast(Tensor, view))
+            if self.standalone is not None:
+                alone = self.standalone(view_inputs, by_token=shape is not None)
+            else:
+                alone = self.ensemble.without_taps(cast(Tensor, view))
         if asks_zeroed:
             output = blend(output, self.config.blend)
             output = output if alone is None else mixed(output, alone, self.config.view_blend)
-        if labels is None and self.training and torch.is_grad_enabled() and self.config.objective != "ensemble":
+        if labels is None and self.training and torch.is_grad_enabled() and self._has_more_than_one_loss():
             _warn_of_other_objective()
         loss = None if labels is None else self.loss(output, labels)
         if loss is not None and alone is not None and self.training:
-            loss = loss + self.config.view_loss * self.loss(alone, cast(Tensor, labels))
+            own = self.loss(alone, cast(Tensor, labels))
+            loss = loss + (own if self.standalone is not None else self.config.view_loss * own)
         if shape is not None:
             output, with_view = by_token(output, shape), with_view.unflatten(-2, shape)
             alone = None if alone is None else by_token(alone, shape)
@@ -265,9 +275,19 @@ class LeviModel(FolderModel):
     def _asks_view_alone(self, labels: Tensor | None) -> bool:
         """Whether y(0, view) is computed: for its loss, or for a prediction that weighs it or may."""
         config = self.config
+        trained = config.view_loss > 0 or self.standalone is not None
         if self.training:
-            return config.head == "layerwise" and config.view_loss > 0 and labels is not None
-        return config.head == "layerwise" and (config.view_loss > 0 or config.view_blend > 0)
+            return config.head == "layerwise" and trained and labels is not None
+        return config.head == "layerwise" and (trained or config.view_blend > 0)
+
+    def _has_more_than_one_loss(self) -> bool:
+        """Whether the loss is another than that of the logits."""
+        return self.config.objective != "ensemble" or self.standalone is not None
+
+    def drop_standalone(self) -> None:
+        """Let go of the standalone task model, whose prediction has no weight: what is saved and served is LEVI."""
+        self.config = copy.copy(self.config)  # others may be built from the one it had
+        self.standalone, self.config.standalone_view, self.config.view_blend = None, False, 0.0
 
     def loss(self, output: EnsembleOutput, labels: Tensor) -> Tensor:
         """LEVI's objective on the ensemble's raw outputs; sets ``config.problem_type`` by transformers' rule."""
@@ -359,6 +379,8 @@ def get_levi_model(
         config.view_width = view_width_for(task_model, config.view_width)
     else:
         config.view_width = 0
+    if config.standalone_view and (config.taps == "none" or task_model is None):
+        raise ValueError("standalone_view: stands beside an ensemble of taps and a task model, and one is missing")
     if config.taps == "none":
         if task_model is None:
             raise ValueError("taps: 'none' leaves the task model alone, and there is none")
@@ -393,8 +415,8 @@ def get_levi_model(
 def _warn_of_other_objective() -> None:
     warnings.warn(
         "LeviModel was called in training mode without labels: a loss taken from its logits, as Trainer's "
-        "label_smoothing_factor does, is objective='ensemble' whatever the config says; for smoothed labels in the "
-        "configured objective set LeviConfig.label_smoothing",
+        "label_smoothing_factor does, is objective='ensemble' whatever the config says, and leaves a standalone task "
+        "model untrained; for smoothed labels in the configured objective set LeviConfig.label_smoothing",
         stacklevel=3,
     )
 

@@ -39,6 +39,7 @@ class FolderModel(PreTrainedModel):
 
     backbone: nn.Module | None
     task_model: nn.Module | None
+    standalone: nn.Module | None
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, include_backbone: bool = False, **kwargs: Any
@@ -159,7 +160,7 @@ class FolderModel(PreTrainedModel):
         model.load_state_dict(read_weights(weights_path))
         trained_dtype = as_dtype(dtype)
         if trained_dtype is not None:
-            for part in (model.ensemble, model.task_model):
+            for part in (model.ensemble, model.task_model, model.standalone):
                 if part is not None:
                     part.to(trained_dtype)
         if device_map is not None:

@@ -1,15 +1,17 @@
 """How far the prediction should lean on the frozen taps: what was tried so that LEVI is no worse OOD than its parts.
 
-    python benchmarks/evidence/adaptive.py --shared DIR --work DIR [--choose 3] [--confirm 3]
+    python benchmarks/evidence/adaptive.py --shared DIR --work DIR [--choose 3] [--confirm 3] [--only default,...]
 
 Every way of training is combined with every rule that picks the blend on ID validation rows; ``a`` is the weight of
 the prediction with the view zeroed. Chosen on ``CHOSEN_ON``, then confirmed on ``CONFIRMED_ON``, whose OOD figures
-had no part in the choice. Writes ``benchmarks/results/evidence-adaptive.json``.
+had no part in the choice. Writes ``benchmarks/results/evidence-adaptive.json``; what is there of trainings that the
+work folder has no run of stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -45,6 +47,7 @@ from levi_fast.training.runs import Splits
 RESULTS = Path(__file__).parents[1] / "results"
 CHOSEN_ON = ("synthetic", "imdb-reversed", "movielens-years", "movielens-years-500")
 CONFIRMED_ON = ("imdb", "movielens-genres", "movielens-genres-500", "digits")
+DATA_SETS = (*CHOSEN_ON, *CONFIRMED_ON)
 
 TRAININGS = [
     Variant("default"),
@@ -67,10 +70,12 @@ THREE_WAYS = (
     "loss of y(0, view), weight 0.25",
     "loss of y(0, view), weight 1",
 )
+# The training that was chosen, and the rule under which trainings are compared.
 CHOSEN = ("task model trained apart", "largest a within 1 standard error, with y(0, view) where within 1")
 APART = {"task model trained apart": ("task-model",), "both parts trained apart": ("taps-only", "task-model")}
 PART_NAMES = ("taps-only", "task-model")
 PARTS = [Variant(name, name) for name in PART_NAMES]
+ORDER = [*(variant.name for variant in TRAININGS), *APART, *PART_NAMES]
 
 Rule = Callable[[np.ndarray, np.ndarray, np.ndarray, str], float]
 
@@ -260,8 +265,7 @@ def _three(found: dict[str, Ways], kind: str) -> dict[str, Any]:
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, by data set, training and rule."""
     summary: dict[str, Any] = {}
-    order = [*(variant.name for variant in TRAININGS), *APART, *PART_NAMES]
-    for entry in sorted(runs, key=lambda run: order.index(run["variant"])):
+    for entry in sorted(runs, key=lambda run: ORDER.index(run["variant"])):
         of_data = summary.setdefault(entry["data"], {}).setdefault(entry["variant"], {})
         for rule, found in entry["rules"].items():
             seeds = of_data.setdefault(rule, {"blend": [], "ID": [], "OOD": []})
@@ -280,6 +284,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for finished runs and taps")
     parser.add_argument("--choose", type=int, default=3, help="seeds on the data sets that choose")
     parser.add_argument("--confirm", type=int, default=3, help="seeds on those that confirm")
+    parser.add_argument("--only", help="trainings, comma-separated; default: all")
     asked = parser.parse_args()
     console = Console()
     record = Record(asked.work / "adaptive.jsonl")
@@ -287,7 +292,10 @@ def main() -> None:
     def kept(data: str, seed: int, variant: str) -> Path:
         return asked.work / "predictions" / f"{data} {seed} {variant}.npz"
 
-    wanted = [*TRAININGS, *PARTS]
+    only = None if asked.only is None else asked.only.split(",")
+    if unknown := set(only or ()) - {variant.name for variant in TRAININGS}:
+        parser.error(f"--only: no trainings {', '.join(sorted(unknown))}")
+    wanted = [*(variant for variant in TRAININGS if only is None or variant.name in only), *PARTS]
     plan = [(data, seed) for data in CHOSEN_ON for seed in range(asked.choose)]
     plan += [(data, seed) for data in CONFIRMED_ON for seed in range(asked.confirm)]
     for data, seed in plan:
@@ -299,6 +307,11 @@ def main() -> None:
             found = train(group, variant, kept(data, seed, variant.name))
             record.add({"data": data, "seed": seed, "variant": variant.name, **found})
             console.note(f"{data}, seed {seed}, {variant.name}: {found['seconds']} s")
+    fresh = summarise(
+        [found for run in record.runs for found in weighed(run, partial(kept, run["data"], run["seed"]))]
+    )
+    file = RESULTS / "evidence-adaptive.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"data": {}, "metrics": {}}
     document = {
         "chosen_on": CHOSEN_ON,
         "confirmed_on": CONFIRMED_ON,
@@ -309,13 +322,16 @@ def main() -> None:
             "trainings": [*THREE_WAYS, *APART],
             "rules": list(three_ways.RULES),
         },
-        "metrics": {entry["data"]: entry["metric"] for entry in record.runs},
-        "data": summarise(
-            [found for run in record.runs for found in weighed(run, partial(kept, run["data"], run["seed"]))]
-        ),
+        "metrics": {**before["metrics"], **{entry["data"]: entry["metric"] for entry in record.runs}},
+        "data": {name: _in_order({**before["data"].get(name, {}), **fresh.get(name, {})}) for name in DATA_SETS},
         "versions": versions(),
     }
-    write_metrics(RESULTS / "evidence-adaptive.json", document)
+    write_metrics(file, document)
+
+
+def _in_order(trainings: dict[str, Any]) -> dict[str, Any]:
+    """By training, as the tables have them."""
+    return {name: trainings[name] for name in ORDER if name in trainings}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from levi_fast.modeling import LeviModel
 from levi_fast.modules import EnsembleOutput, LayerwiseEnsemble
+from levi_fast.training.blending import Logits, choose_blend
 from levi_fast.training.metrics import compute_metrics, row_losses, selection_key, within_standard_error
 from levi_fast.training.prediction import predict
 from levi_fast.training.runs import Splits
@@ -144,6 +145,12 @@ def with_level_view(held: Ways, kind: str) -> Weights:
     return _mean([joint and not taps, taps, view])
 
 
+def librarys(held: Ways, kind: str) -> Weights:
+    """a by the one-standard-error rule; y(0, view) where it is level with the best and y(tap, 0) is not."""
+    a, b = choose_blend(Logits(*held.logits), held.labels, kind)[0]
+    return (1 - b) * (1 - a), (1 - b) * a, b
+
+
 def by_loss(held: Ways, kind: str) -> Weights:
     """Weights not below 0, of sum 1, of least validation loss."""
 
@@ -157,11 +164,13 @@ def by_loss(held: Ways, kind: str) -> Weights:
     return cast(Weights, tuple(float(weight) for weight in found.x))
 
 
+LIBRARYS = "a as by default, with y(0, view) where within 1 and y(tap, 0) is not"
 RULES: dict[str, Callable[[Ways, str], Weights]] = {
     "best of three": best_alone,
     "mean of those within 1 standard error": mean_of_level,
     "mean of the single views within 1 standard error, else the best": mean_of_single_views,
     "largest a within 1 standard error, with y(0, view) where within 1": with_level_view,
+    LIBRARYS: librarys,
     "weights of the three by validation loss": by_loss,
     "mean of all three": lambda *_: _mean([True] * 3),
     "y(0, view)": lambda *_: (0.0, 0.0, 1.0),

@@ -119,6 +119,7 @@ def run(group: Group, variant: Variant) -> tuple[MethodResult, Splits, float]:
     """Train a variant; returns it, the splits that it saw, and the seconds of training and scoring."""
     prepared, options = group.prepared, group.request.options
     config = copy.deepcopy(prepared.config)
+    config.standalone_view = False  # what is studied is LEVI itself
     selector = variant.model.get("taps")
     for name, value in variant.model.items():
         setattr(config, name, value)

@@ -29,6 +29,7 @@ class ServingHead(nn.Module):
         config: Any = model.config
         self.by_token = config.pooling == "token"
         self.blend, self.view_blend = float(config.blend), float(config.view_blend)
+        self.standalone = model.standalone if self.view_blend > 0 else None
         scaled = config.problem_type == "regression"
         self.scale = (float(config.target_std), float(config.target_mean)) if scaled else (1.0, 0.0)
 
@@ -64,7 +65,9 @@ class ServingHead(nn.Module):
         output = self.ensemble(taps, view, zeroed_view=asks_zeroed)
         if asks_zeroed:
             output = blend(output, self.blend)
-        if has_both and self.view_blend > 0:
+        if self.standalone is not None:
+            output = mixed(output, self.standalone(inputs, by_token=self.by_token), self.view_blend)
+        elif has_both and self.view_blend > 0:
             output = mixed(output, self.ensemble.without_taps(cast(Tensor, view)), self.view_blend)
         scale, shift = self.scale
         logits = output.logits if self.scale == (1.0, 0.0) else output.logits * scale + shift

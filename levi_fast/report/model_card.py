@@ -85,6 +85,7 @@ def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[
         "mix": config.mix,
         "view dropout": config.view_dropout,
         "view loss": config.view_loss,
+        "standalone task model": config.standalone_view,
         "blend": Blend(config.blend, config.view_blend),
         "task model": (config.task_model or {}).get("type"),
         "trained parameters": f"{document['trained_parameters']:,}",
@@ -132,6 +133,7 @@ def _description(method: str, config: LeviConfig) -> str:
     return (
         f"{backbone[config.backbone_training]}, {depths}, combined layer by layer with a small task model trained "
         f"from scratch: LEVI, *Layer-wise Ensemble of Different Views* (Roh et al., ICML 2024, arXiv 2402.04644)."
+        + (" Averaged with a second task model that was trained by itself." if config.standalone_view else "")
     )
 
 

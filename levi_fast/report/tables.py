@@ -24,6 +24,7 @@ METRIC_TITLES = {
 
 METHOD_TITLES = {
     "levi": "LEVI",
+    "levi-no-standalone": "LEVI without standalone task model",
     "levi-last-tap": "LEVI, last tap only",
     "taps-only": "LEVI without view (taps only)",
     "linear-probe": "linear probe, last layer",

@@ -56,23 +56,27 @@ class Logits:
 def choose_blend(logits: Logits, labels: np.ndarray, problem_type: str) -> tuple[Blend, dict[str, float]]:
     """Choose the weights on validation predictions; returns them with their scores.
 
-    Without ``without_taps`` this is :func:`levi_fast.training.metrics.best_blend`. With it, a prediction counts where
-    it is not worse than the best of the three by more than a standard error, measured on the same rows. Taken is that
-    of the taps alone, else that of both, and averaged with it that of the view alone, each where it counts: which
-    part holds out of distribution no validation row says, and their mean is never the worse one.
+    The weight of the prediction without the view is :func:`levi_fast.training.metrics.best_blend`'s. That of the view
+    alone is averaged in, or taken instead, only where the rows say that the taps alone do not suffice: a prediction
+    counts where it is not worse than the best one by more than a standard error, measured on the same rows, and those
+    of the taps alone must not count where the view's does. The task model has seen training data alone, so that it
+    may owe its score to what will not hold; where the pre-trained features explain the rows as well, they are the
+    safer ones.
 
     Args:
         logits: before blending.
         labels: as for :func:`levi_fast.training.metrics.compute_metrics`.
         problem_type: likewise.
     """
+    blend, scores = best_blend(logits.both, logits.without_view, labels, problem_type)
     if logits.without_view is None or logits.without_taps is None:
-        blend, scores = best_blend(logits.both, logits.without_view, labels, problem_type)
         return Blend(blend), scores
-    three = (logits.both, logits.without_view, logits.without_taps)
+    three = (logits.blended(Blend(blend)), logits.without_view, logits.without_taps)
     keys = [selection_key(compute_metrics(own, labels, problem_type), problem_type) for own in three]
     losses = [row_losses(own, labels, problem_type) for own in three]
     least = losses[max(range(3), key=lambda place: keys[place])]
-    both, taps, view = (within_standard_error(own - least) for own in losses)
-    weights = Blend(float(taps), view / (view + (both or taps)))
+    levi, taps, view = (within_standard_error(own - least) for own in losses)
+    if taps or not view:
+        return Blend(blend), scores
+    weights = Blend(blend, 0.5 if levi else 1.0)
     return weights, compute_metrics(logits.blended(weights), labels, problem_type)

@@ -181,15 +181,16 @@ def write_model(
 def build_config(
     processor: TableProcessor, task_model: dict[str, Any] | None, fields: Mapping[str, Any]
 ) -> LeviConfig:
-    """A LeviConfig for a label space.
+    """A LeviConfig for a label space; with a standalone task model unless ``fields`` say otherwise.
 
     Raises:
         DataError: for a field out of range.
     """
     labels = processor.labels
     assert labels is not None
+    default = {"standalone_view": task_model is not None and not fields.get("view_loss")}
     try:
-        return LeviConfig(task_model=task_model, **labels.config_fields(), **fields)
+        return LeviConfig(task_model=task_model, **labels.config_fields(), **{**default, **fields})
     except (ValueError, TypeError) as error:
         raise DataError(str(error)) from error
 
@@ -207,6 +208,7 @@ def run_document(result: MethodResult, splits: Splits, seed: int) -> dict[str, A
         "view_blend": result.fit.view_blend,
         "choices": result.choices,
         "best_epoch": result.fit.best_epoch,
+        "view_epoch": result.fit.view_epoch,
         "epochs": len(result.fit.history),
         "seed": seed,
         "sizes": splits.sizes(),

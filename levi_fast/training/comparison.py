@@ -41,7 +41,7 @@ from levi_fast.training.runs import MethodResult, Splits, TapBank, run_method
 
 PAGE, DOCUMENT = "comparison.html", "comparison.json"
 BACKBONE_EPOCHS = 3
-_MODEL_SETTINGS = ("taps", "pooling", "hidden_width")
+_MODEL_SETTINGS = ("taps", "pooling", "hidden_width", "standalone_view")
 _REQUEST_SETTINGS = ("backbone", "backbone_dtype", "task_model", "max_length", "max_train_rows", "max_eval_rows")
 
 
@@ -138,6 +138,10 @@ def _settings(comparison: Comparison, data: ComparedData, seed: int, method: str
         **{name: shared.get(name) for name in names},
         "training": [asdict(o) for o in _options(comparison, data, seed, method, device)],
     }
+    kind = find_method(method)
+    has_standalone = kind.has_both_views and kind.fields.get("standalone_view", True)
+    # none in cells from before there was one, which were LEVI without
+    settings["standalone_view"] = (has_standalone and shared.get("standalone_view") is not False) or None
     return dict(json.loads(json.dumps(settings)))
 
 

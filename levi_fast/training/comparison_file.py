@@ -18,6 +18,7 @@
     max_train_rows: 2000            # optional: that many training rows, drawn once
     max_eval_rows: 1000             # likewise of every other split
     epochs: 20                      # optional, as are batch_size, learning_rates and the model's settings
+    standalone_view: false          # optional: LEVI without a task model trained by itself beside it
     learning_rates: [0.0003, 0.001] # each cell trains with all of them and keeps the best on ID validation
     backbone_epochs: 3              # of methods that train the backbone
     backbone_learning_rates: [0.00005]  # likewise tried; by default 5e-5, or 5e-4 for LoRA
@@ -45,7 +46,7 @@ _WHOLE = ("epochs", "backbone_epochs", "batch_size", "max_train_rows", "max_eval
 _RATES = ("learning_rates", "backbone_learning_rates")
 _KEYS = {
     "data", "methods", "seeds", *_RATES, "backbone", "backbone_dtype", "taps", "pooling", "task_model",
-    *_WHOLE,
+    "standalone_view", *_WHOLE,
 }  # fmt: skip
 
 
@@ -96,6 +97,9 @@ class Comparison:
             value = self.settings.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise DataError(f"{key}: expected a whole number of at least 1, got {value!r}")
+        flag = self.settings.get("standalone_view")
+        if flag is not None and not isinstance(flag, bool):
+            raise DataError(f"standalone_view: expected true or false, got {flag!r}")
         for key in _RATES:
             rates = self.settings.get(key)
             if rates is not None and (

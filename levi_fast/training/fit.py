@@ -116,6 +116,9 @@ def fit(
 ) -> FitResult:
     """Train a model in place; it ends in eval mode with the best epoch's weights and ``config.blend`` set.
 
+    A standalone task model (``config.standalone_view``) keeps an epoch of its own, and stays only where its
+    prediction gets a weight.
+
     Args:
         model: from ``get_levi_model``. Seed torch before building it: its initial weights are not touched.
         train: encoded rows with labels, with taps attached unless the backbone is to run in every epoch.
@@ -140,9 +143,12 @@ def fit(
     runs_backbone = model.extractor is not None and not (train.has_taps and validation.has_taps)
     backbone_rate = options.backbone_learning_rate or BACKBONE_LEARNING_RATES[model.config.backbone_training]
     check_loop(loop, options.device, with_checkpoints=checkpoints is not None)
+    if options.blend is not None and model.standalone is not None:
+        model.drop_standalone()  # it would never get a weight
     set_seed(options.seed)
     model.config.blend = model.config.view_blend = 0.0  # logits are those with the view; scoring does the blending
-    best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, on_epoch)
+    has_standalone = model.standalone is not None
+    best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, on_epoch, has_standalone)
     # Trainer walks over all modules several times a step; with the taps attached, the backbone's need not be there.
     if not runs_backbone:
         model.backbone = None

@@ -147,9 +147,10 @@ class Resumable:
 
     def state(self, epoch: int, step: int, generators: dict[str, list[Tensor]]) -> TrainingState:
         """The content of a checkpoint; of the processes only the random generators differ."""
-        scores, weights = self.best.state()
+        scores, weights, validation = self.best.state()
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors.update({f"best.{name}": value for name, value in weights.items()})
+        tensors.update({f"validation.{name}": value for name, value in validation.items()})
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
         for kind, states in generators.items():
@@ -163,12 +164,15 @@ class Resumable:
         state = self.replicas.read_alike(checkpoints.newest)
         if state is None:
             return 0, 0
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "generator": {}}
+        parts: dict[str, dict[str, Tensor]] = {
+            name: {} for name in ("model", "best", "validation", "optimizer", "generator")
+        }
         for name, value in state.tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
         self.model.load_state_dict(parts["model"])
-        self.best.resume(state.scores, {k: v.to(self.device) for k, v in parts["best"].items()})
+        weights = {name: value.to(self.device) for name, value in parts["best"].items()}
+        self.best.resume(state.scores, weights, parts["validation"])
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in parts["optimizer"].items():
             index, _, moment = name.partition(".")

@@ -52,6 +52,11 @@ class Method:
         return self.backbone_training not in (None, "frozen")
 
     @property
+    def has_both_views(self) -> bool:
+        """Whether it is LEVI, whole or with one tap: a layer-wise ensemble of taps and a task model."""
+        return self.needs_view and self.has_backbone and "head" not in self.fields
+
+    @property
     def fixes_taps(self) -> bool:
         """Whether the method itself says which layers are read."""
         return "taps" in self.fields
@@ -68,6 +73,11 @@ PROBING_PAPER = "Alain & Bengio 2016, arXiv 1610.01644"
 
 METHODS: dict[str, Method] = {
     "levi": Method(LEVI_PAPER, needs_view=True),
+    "levi-no-standalone": Method(
+        f"{LEVI_PAPER}: without the output ensemble with a task model of its own",
+        {"standalone_view": False},
+        needs_view=True,
+    ),
     "levi-last-tap": Method(f"{LEVI_PAPER}: ablation of the layer-wise ensemble", {"taps": "last"}, needs_view=True),
     "taps-only": Method(f"{LEVI_PAPER}: ablation of the task model", {"head": "layerwise", **_NO_VIEW}),
     "linear-probe": Method(PROBING_PAPER, {"taps": "last", **_LINEAR, **_NO_VIEW, **_ONE_LOSS}),
@@ -128,5 +138,6 @@ def method_config(method: str, config: LeviConfig) -> LeviConfig:
         raise DataError(f"--method {method} needs a task model; with --task-model none there is only {without}")
     for name, value in found.fields.items():
         setattr(config, name, value)
+    config.standalone_view = config.standalone_view and found.has_both_views
     config.lora = check_lora(config.lora) if config.backbone_training == "lora" else None
     return config

@@ -14,6 +14,7 @@ torchrun started share the heads out; the first one ends up with all results.
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -89,8 +90,10 @@ class HeadResult:
         """
         if self.fit is None:
             raise ValueError(f"head {self.head.name!r}: {self.error}")
+        config = copy.deepcopy(self.head.config)
+        config.standalone_view = config.standalone_view and self.fit.view_blend > 0  # else training let go of it
         with torch.random.fork_rng():
-            model = LeviModel(self.head.config, backbone)
+            model = LeviModel(config, backbone)
         model.load_state_dict(self.weights)
         model.config.blend, model.config.view_blend = self.fit.weights
         return model.eval()

@@ -42,6 +42,7 @@ OPTION_TYPES: dict[str, type] = {
 MODEL_TYPES: dict[str, type] = {
     "view_dropout": float,
     "view_loss": float,
+    "standalone_view": bool,
     "dropout": float,
     "hidden_width": int,
     "activation": str,

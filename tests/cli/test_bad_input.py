@@ -147,7 +147,7 @@ class TestArguments:
             (["--taps", "some"], "taps: expected"),
             (["--ood", "x.csv"], "--ood: expected NAME=FILE, such as new=reviews.csv, got 'x.csv'"),
             (["--ood", "new=other.csv"], "--ood: the name 'new' is given twice"),
-            (["--method", "magic"], "--method: expected one of levi, levi-last-tap, taps-only, linear-probe"),
+            (["--method", "magic"], "--method: expected one of levi, levi-no-standalone, levi-last-tap"),
             (["--method", "linear-probe", "--taps", "all"], "--taps: --method linear-probe reads the last layer"),
             (["--method", "head2toe", "--no-precompute"], "--no-precompute: --method head2toe selects among"),
             (["--method", "lora", "--backbone-training", "full"], "--backbone-training full: --method lora is lora"),

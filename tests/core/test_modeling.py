@@ -266,6 +266,8 @@ def test_a_folder_that_is_no_model_is_explained(tmp_path):
         ({"view_blend": 1.5}, r"view_blend: expected a number in \[0, 1\]"),
         ({"view_blend": 0.5, "head": "output-ensemble"}, "view_blend: only with head='layerwise'"),
         ({"view_loss": -1.0}, "view_loss: expected a number of at least 0"),
+        ({"standalone_view": True, "view_loss": 0.5}, "view_loss: trains the ensemble to answer from the view"),
+        ({"standalone_view": True, "head": "output-ensemble"}, "standalone_view: only with head='layerwise'"),
         ({"view_loss": float("nan")}, "view_loss: expected a number of at least 0"),
         ({"mix": "learned"}, "no gradient from objective='per_layer'"),
         ({"hidden_width": 0}, "hidden_width"),

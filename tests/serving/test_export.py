@@ -100,6 +100,8 @@ def test_layers_above_the_last_tap_are_not_exported(text_model: Build) -> None:
         {"num_labels": 1, "problem_type": "regression", "target_mean": 40.0, "target_std": 12.0},
         {"blend": 0.0, "taps": [0, 2]},
         {"view_blend": 0.5},
+        {"view_blend": 0.5, "standalone_view": True},
+        {"view_blend": 0.0, "standalone_view": True},
         {"blend": 0.0, "view_blend": 0.5, "mix": "learned", "objective": "both"},
         {"taps": "none"},
         {"head": "concatenated", "task_model": None},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from levi_fast.task_models import TextTaskModel
-from levi_fast.task_models.text import drop_tokens
+from levi_fast.task_models.base import masked_mean
+from levi_fast.task_models.text import drop_tokens, mean_embedding
 
 ENCODERS = pytest.mark.parametrize("encoder", ["pooled", "transformer"])
 
@@ -126,3 +128,27 @@ def test_errors_name_the_argument() -> None:
 
 def test_pooled_text_has_no_length_limit() -> None:
     assert make("pooled", max_positions=4)(torch.ones(1, 9, dtype=torch.long)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mean_embedding_is_the_mean_of_the_embeddings(dtype: torch.dtype) -> None:
+    """Values and gradients against float64; at most twice the error of the plain form in the same dtype."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 40, (5, 200), generator=generator)
+    kept = torch.rand(5, 200, generator=generator) < 0.5
+    kept[3] = False
+    weight = torch.randn(40, 16, generator=generator).to(dtype)
+    upstream = torch.randn(5, 16, generator=generator).to(dtype)
+
+    def run(plain: bool, as_dtype: torch.dtype) -> list[torch.Tensor]:
+        own = weight.to(as_dtype).requires_grad_()
+        mean = masked_mean(F.embedding(ids, own), kept) if plain else mean_embedding(ids, kept, own)
+        mean.backward(upstream.to(as_dtype))
+        assert own.grad is not None
+        return [mean.detach(), own.grad]
+
+    exact = run(True, torch.float64)
+    for found, usual, right in zip(run(False, dtype), run(True, dtype), exact, strict=True):
+        error, allowed = (found.double() - right).abs().max(), (usual.double() - right).abs().max()
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * right.abs().max(), (error, allowed)
+    assert torch.equal(run(False, dtype)[0][3], torch.zeros(16, dtype=dtype))

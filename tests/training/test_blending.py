@@ -19,24 +19,29 @@ def right_in(rows: int, of: int = 200, start: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("both", "taps", "view", "expected"),
+    ("both", "taps", "view", "view_blend"),
     [
-        (150, 80, 80, Blend(0.0, 0.0)),
-        (80, 150, 80, Blend(1.0, 0.0)),
-        (80, 80, 150, Blend(0.0, 1.0)),
-        (150, 149, 80, Blend(1.0, 0.0)),
-        (150, 80, 149, Blend(0.0, 0.5)),
-        (80, 150, 149, Blend(1.0, 0.5)),
-        (150, 149, 148, Blend(1.0, 0.5)),
+        (150, 80, 80, 0.0),
+        (80, 150, 80, 0.0),
+        (80, 80, 150, 1.0),
+        (150, 149, 80, 0.0),
+        (150, 80, 149, 0.5),
+        (80, 150, 149, 0.0),  # the taps alone suffice
+        (150, 149, 148, 0.0),
+        (150, 149, 150, 0.0),
+        (150, 149, 190, 1.0),
     ],
 )
-def test_what_validation_cannot_tell_from_the_best_counts(both: int, taps: int, view: int, expected: Blend) -> None:
+def test_the_views_own_counts_where_it_is_level_and_the_taps_alone_are_not(
+    both: int, taps: int, view: int, view_blend: float
+) -> None:
     # wrong in other rows, so that a row more or less is within a standard error
-    logits = Logits(right_in(both), right_in(taps, start=3), right_in(view, start=6))
+    logits = Logits(2 * right_in(both), right_in(taps, start=3), right_in(view, start=6))
     labels = np.zeros(200, dtype=np.int64)
     chosen, scores = choose_blend(logits, labels, SINGLE)
-    assert chosen == expected
-    assert scores == compute_metrics(logits.blended(expected), labels, SINGLE)
+    blend, _ = best_blend(logits.both, logits.without_view, labels, SINGLE)
+    assert chosen == Blend(blend, view_blend)
+    assert scores == compute_metrics(logits.blended(chosen), labels, SINGLE)
 
 
 def test_both_weights_are_those_of_the_formula() -> None:

@@ -50,9 +50,9 @@ def trained(
 
 def assert_same(one: tuple[LeviModel, FitResult, Any], other: tuple[LeviModel, FitResult, Any]) -> None:
     assert one[1].history == other[1].history
-    assert (one[1].best_epoch, one[1].blend, one[1].validation) == (
-        other[1].best_epoch, other[1].blend, other[1].validation,
-    )  # fmt: skip
+    names = ("best_epoch", "weights", "validation", "view_epoch")
+    assert [getattr(one[1], name) for name in names] == [getattr(other[1], name) for name in names]
+    assert one[0].state_dict().keys() == other[0].state_dict().keys()
     for name, value in one[0].state_dict().items():
         assert torch.equal(value, other[0].state_dict()[name]), name
 
@@ -65,6 +65,7 @@ def assert_same(one: tuple[LeviModel, FitResult, Any], other: tuple[LeviModel, F
         ("recommendation", "regression", {"dropout": 0.2}),
         ("transformer", "multi-label", {}),
         (None, "classes", {"dropout": 0.2}),
+        ("recommendation", "regression", {"standalone_view": True, "dropout": 0.2}),
     ],
 )
 @pytest.mark.parametrize(("save_steps", "steps"), [(None, 8), (2, 8), (1, 1), (3, 15)])

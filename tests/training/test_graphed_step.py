@@ -122,6 +122,7 @@ def assert_same(one: tuple[LeviModel, Any], other: tuple[LeviModel, Any]) -> Non
         ("text", "multi-label", {"tap_widths": [16, 8, 12]}),
         (None, "classes", {"dropout": 0.2, "label_smoothing": 0.1}),
         ("transformer", "classes", {"view_loss": 0.5}),
+        ("text", "classes", {"standalone_view": True}),
     ],
 )
 def test_replays_give_the_bits_of_the_plain_loop(

@@ -49,6 +49,8 @@ def assert_same(one: tuple[LeviModel, FitResult], other: tuple[LeviModel, FitRes
         ("transformer", "classes", {}),
         ("text", "classes", {"view_loss": 0.5, "dropout": 0.2}),
         ("recommendation", "regression", {"view_loss": 1.0}),
+        ("recommendation", "regression", {"standalone_view": True, "dropout": 0.2}),
+        ("text", "classes", {"standalone_view": True, "mix": "learned", "objective": "both"}),
     ],
 )
 def test_weights_and_scores_are_trainers_own(

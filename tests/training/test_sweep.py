@@ -30,6 +30,7 @@ FIELDS: list[dict[str, Any]] = [
     {"view_dropout": 0.0, "dropout": 0.3},
     {"hidden_width": 5},
     {"hidden_width": None},
+    {"standalone_view": True},
 ]
 
 
@@ -50,7 +51,8 @@ def assert_equals_its_own_run(result: HeadResult) -> None:
     model = LeviModel(head.config)
     own = fit(model, head.splits.train, head.splits.validation, head.options, loop="trainer")
     assert result.fit is not None and result.fit.history == own.history
-    assert (result.fit.best_epoch, result.fit.blend) == (own.best_epoch, own.blend)
+    assert (result.fit.best_epoch, result.fit.weights) == (own.best_epoch, own.weights)
+    assert result.weights.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(result.weights[name], value), name
     assert result.id == score(model, head.splits.validation)
@@ -69,8 +71,8 @@ def one_thread() -> Any:
     ("view", "problem"), [("text", "classes"), ("tabular", "regression"), ("recommendation", "multi-label")]
 )
 def test_every_head_equals_its_own_run(cached_task: Tasks, view: str, problem: str) -> None:
-    results = train_heads(make_heads(cached_task(view, problem)), workers=2)
-    assert [result.head.name for result in results] == ["head 0", "head 1", "head 2", "head 3"]
+    results = train_heads(make_heads(cached_task(view, problem), len(FIELDS)), workers=2)
+    assert [result.head.name for result in results] == [f"head {place}" for place in range(len(FIELDS))]
     for result in results:
         assert_equals_its_own_run(result)
 
