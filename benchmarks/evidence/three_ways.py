@@ -145,8 +145,14 @@ def with_level_view(held: Ways, kind: str) -> Weights:
     return _mean([joint and not taps, taps, view])
 
 
+def unless_taps_suffice(held: Ways, kind: str) -> Weights:
+    """As :func:`with_level_view`, but without y(0, view) where y(tap, 0) is level with the best."""
+    _, (joint, taps, view) = level(held, kind)
+    return (0.0, 1.0, 0.0) if taps else _mean([joint, False, view])
+
+
 def librarys(held: Ways, kind: str) -> Weights:
-    """a by the one-standard-error rule; y(0, view) where it is level with the best and y(tap, 0) is not."""
+    """What ``levi-fast train`` does: see :func:`levi_fast.training.blending.choose_blend`."""
     a, b = choose_blend(Logits(*held.logits), held.labels, kind)[0]
     return (1 - b) * (1 - a), (1 - b) * a, b
 
@@ -164,12 +170,13 @@ def by_loss(held: Ways, kind: str) -> Weights:
     return cast(Weights, tuple(float(weight) for weight in found.x))
 
 
-LIBRARYS = "a as by default, with y(0, view) where within 1 and y(tap, 0) is not"
+LIBRARYS = "a of 0, 1/2 and 1 as before; where it is 0, with y(0, view) where within 1; that alone where better"
 RULES: dict[str, Callable[[Ways, str], Weights]] = {
     "best of three": best_alone,
     "mean of those within 1 standard error": mean_of_level,
     "mean of the single views within 1 standard error, else the best": mean_of_single_views,
     "largest a within 1 standard error, with y(0, view) where within 1": with_level_view,
+    "the same, but y(0, view) only where y(tap, 0) is not within 1": unless_taps_suffice,
     LIBRARYS: librarys,
     "weights of the three by validation loss": by_loss,
     "mean of all three": lambda *_: _mean([True] * 3),

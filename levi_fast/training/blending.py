@@ -12,7 +12,6 @@ from levi_fast.training.metrics import (
     blend_logits,
     compute_metrics,
     row_losses,
-    selection_key,
     within_standard_error,
 )
 
@@ -56,12 +55,12 @@ class Logits:
 def choose_blend(logits: Logits, labels: np.ndarray, problem_type: str) -> tuple[Blend, dict[str, float]]:
     """Choose the weights on validation predictions; returns them with their scores.
 
-    The weight of the prediction without the view is :func:`levi_fast.training.metrics.best_blend`'s. That of the view
-    alone is averaged in, or taken instead, only where the rows say that the taps alone do not suffice: a prediction
-    counts where it is not worse than the best one by more than a standard error, measured on the same rows, and those
-    of the taps alone must not count where the view's does. The task model has seen training data alone, so that it
-    may owe its score to what will not hold; where the pre-trained features explain the rows as well, they are the
-    safer ones.
+    The weight of the prediction without the view is :func:`levi_fast.training.metrics.best_blend`'s. Where that is 0,
+    as the rows tell any leaning on the taps alone from the best, the view's own prediction is averaged in if it
+    is not worse by more than a standard error, measured on the same rows. Where it is above 0, the pre-trained
+    features explain the rows as well as anything, and are safer: the task model has seen training data alone,
+    and may owe its score to what will not hold. A view that is better than the rest by more than a standard error
+    stands alone.
 
     Args:
         logits: before blending.
@@ -71,12 +70,11 @@ def choose_blend(logits: Logits, labels: np.ndarray, problem_type: str) -> tuple
     blend, scores = best_blend(logits.both, logits.without_view, labels, problem_type)
     if logits.without_view is None or logits.without_taps is None:
         return Blend(blend), scores
-    three = (logits.blended(Blend(blend)), logits.without_view, logits.without_taps)
-    keys = [selection_key(compute_metrics(own, labels, problem_type), problem_type) for own in three]
-    losses = [row_losses(own, labels, problem_type) for own in three]
-    least = losses[max(range(3), key=lambda place: keys[place])]
-    levi, taps, view = (within_standard_error(own - least) for own in losses)
-    if taps or not view:
-        return Blend(blend), scores
-    weights = Blend(blend, 0.5 if levi else 1.0)
+    own = logits.blended(Blend(blend))
+    worse = row_losses(logits.without_taps, labels, problem_type) - row_losses(own, labels, problem_type)
+    if worse.mean() < 0 and not within_standard_error(-worse):
+        view_blend = 1.0
+    else:
+        view_blend = 0.5 if blend == 0 and within_standard_error(worse) else 0.0
+    weights = Blend(blend, view_blend)
     return weights, compute_metrics(logits.blended(weights), labels, problem_type)

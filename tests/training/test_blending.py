@@ -26,17 +26,18 @@ def right_in(rows: int, of: int = 200, start: int = 0) -> np.ndarray:
         (80, 80, 150, 1.0),
         (150, 149, 80, 0.0),
         (150, 80, 149, 0.5),
+        (150, 80, 151, 0.5),
+        (150, 80, 190, 1.0),
         (80, 150, 149, 0.0),  # the taps alone suffice
         (150, 149, 148, 0.0),
-        (150, 149, 150, 0.0),
         (150, 149, 190, 1.0),
     ],
 )
-def test_the_views_own_counts_where_it_is_level_and_the_taps_alone_are_not(
+def test_the_views_own_counts_where_it_is_level_and_leaning_on_the_taps_alone_is_not(
     both: int, taps: int, view: int, view_blend: float
 ) -> None:
     # wrong in other rows, so that a row more or less is within a standard error
-    logits = Logits(2 * right_in(both), right_in(taps, start=3), right_in(view, start=6))
+    logits = Logits(right_in(both), 2 * right_in(taps, start=3), right_in(view, start=6))
     labels = np.zeros(200, dtype=np.int64)
     chosen, scores = choose_blend(logits, labels, SINGLE)
     blend, _ = best_blend(logits.both, logits.without_view, labels, SINGLE)
