@@ -149,7 +149,7 @@ def train(
         typer.Option(
             "--standalone-view/--no-standalone-view",
             help="Train a second task model by itself beside LEVI; its prediction is averaged in, and the model "
-            "kept, where ID validation cannot tell it from the best.",
+            "kept, where ID validation finds it as good and the backbone alone worse.",
             show_default="on; off with --view-loss or a number for --blend",
             rich_help_panel=MODEL,
         ),
@@ -158,8 +158,8 @@ def train(
         str,
         typer.Option(
             help="Weight of the prediction with the task model hidden: a number from 0 to 1, or auto: the "
-            "largest that ID validation cannot tell from the best. Then also the task model's own prediction "
-            "(--standalone-view or --view-loss) is averaged in where it is as good.",
+            "largest that ID validation cannot tell from the best. Where that is 0, the task model's own prediction "
+            "(--standalone-view or --view-loss) is averaged in if it is as good.",
             rich_help_panel=MODEL,
         ),
     ] = "auto",

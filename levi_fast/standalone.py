@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from levi_fast.config import LeviConfig
@@ -17,6 +20,9 @@ class StandaloneView(nn.Module):
 
     It is what the method ``task-model`` trains. An output ensemble with it (Lakshminarayanan et al. 2017, arXiv
     1612.01474) holds where the taps do not; see docs/evidence.md.
+
+    On the CPU it leaves torch's random generator as it was, so that LEVI's own training is, to the last bit, what it
+    is without. (A GPU's generator cannot be put back inside a CUDA graph, nor any in code that is being compiled.)
 
     Args:
         config: completed: its task model, head and ``num_labels`` are built anew.
@@ -41,7 +47,19 @@ class StandaloneView(nn.Module):
 
     def forward(self, inputs: dict[str, Any], *, by_token: bool = False) -> EnsembleOutput:
         """The task model's inputs -> logits [B, C] and layer_logits [1, B, C]; by token of B * T examples."""
-        view: Tensor = self.task_model(**inputs)
-        if by_token:
-            view = view.flatten(0, 1)
-        return cast(EnsembleOutput, self.ensemble([view.new_empty(view.shape[0], 0)], view))
+        drawn_apart = self.training and not torch.compiler.is_compiling() and self.ensemble.bias.device.type == "cpu"
+        with _generator_kept() if drawn_apart else contextlib.nullcontext():
+            view: Tensor = self.task_model(**inputs)
+            if by_token:
+                view = view.flatten(0, 1)
+            return cast(EnsembleOutput, self.ensemble([view.new_empty(view.shape[0], 0)], view))
+
+
+@contextlib.contextmanager
+def _generator_kept() -> Iterator[None]:
+    """Inside the ``with`` block, what is drawn from torch's generator on the CPU will be drawn again after it."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import os
@@ -29,7 +30,7 @@ from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch, EpochProgress, FitResult
 from levi_fast.training.blending import Logits
 from levi_fast.training.checkpoints import CheckpointOptions, Checkpoints
-from levi_fast.training.lean import make_optimizer, train_lean
+from levi_fast.training.lean import clip_gradients, clipped_apart, make_optimizer, train_lean
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 
 # Of a backbone that is trained: what fine-tuning BERT-sized models and LoRA usually take.
@@ -49,7 +50,7 @@ class TrainingOptions:
             decay to 0.
         backbone_learning_rate: the peak for a backbone that is trained; None is 5e-5 for "full" and 5e-4 for "lora".
         weight_decay: AdamW's, on matrices only.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm; those of a standalone task model by themselves.
         seed: of initialisation, dropout and the order of rows.
         blend: weight of the prediction with the view zeroed; None chooses it on validation data, see
             :func:`levi_fast.training.blending.choose_blend`. A number leaves the view's own prediction out.
@@ -234,6 +235,11 @@ def train_with_trainer(
         return best.score(_logits_of(prediction.predictions), np.asarray(prediction.label_ids))
 
     known = set(vars(model.config))
+    callbacks: list[TrainerCallback] = [_Recorder(best)]
+    if model.standalone is not None:
+        callbacks.append(_Clipper(model, arguments.max_grad_norm))
+        arguments = copy.copy(arguments)
+        arguments.max_grad_norm = 0.0
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -242,7 +248,7 @@ def train_with_trainer(
         eval_dataset=validation,
         compute_metrics=score,
         optimizers=(make_optimizer(model, arguments, backbone_learning_rate), None),
-        callbacks=[_Recorder(best)],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -267,6 +273,18 @@ class _Recorder(TrainerCallback):
         dropped = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
         scores = {name: float(value) for name, value in own.items() if name not in dropped}
         self.best.record(scores, kwargs["model"])
+
+
+class _Clipper(TrainerCallback):
+    """Clips as the lean loop does, where Trainer would clip all gradients by one norm."""
+
+    def __init__(self, model: LeviModel, max_grad_norm: float) -> None:
+        self.parts, self.max_grad_norm = clipped_apart(model), max_grad_norm
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.max_grad_norm > 0:
+            for part in self.parts:
+                clip_gradients(part, self.max_grad_norm)
 
 
 def _arguments(folder: str, options: TrainingOptions, num_steps: int, some_unused: bool) -> TrainingArguments:

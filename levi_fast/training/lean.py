@@ -102,7 +102,7 @@ class TrainingStep:
     Args:
         model: in training mode where it is called, on its device.
         optimizer: of its trained parameters, without gradients before and after a step.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        max_grad_norm: gradients are scaled down to this norm, part by part; 0 leaves them.
         replicas: those who take the same step.
     """
 
@@ -111,13 +111,15 @@ class TrainingStep:
     ) -> None:
         self.model, self.optimizer, self.max_grad_norm, self.replicas = model, optimizer, max_grad_norm, replicas
         self.parameters, self.buffers = trained(model), moving_buffers(model)
+        self.parts = clipped_apart(model)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> None:
         self.replicas.follow(self.buffers)
         self.model(**_moved(batch, self.parameters[0].device)).loss.backward()
         self.replicas.average_gradients(self.parameters)
         if self.max_grad_norm > 0:
-            clip_gradients(self.parameters, self.max_grad_norm)
+            for part in self.parts:
+                clip_gradients(part, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -255,6 +257,17 @@ def score_epoch(
     assert validation.labels is not None
     logits = Logits(**{name: whole(part) for name, part in parts.items() if part})
     return best.score(logits, validation.labels.numpy())
+
+
+def clipped_apart(model: LeviModel) -> list[list[torch.nn.Parameter]]:
+    """The trained parameters whose gradients are clipped by their own norm: of a standalone task model, of all else.
+
+    Clipped together, a large gradient of the one would shorten the other's steps.
+    """
+    own = set() if model.standalone is None else {id(parameter) for parameter in model.standalone.parameters()}
+    parameters = trained(model)
+    parts = [p for p in parameters if id(p) not in own], [p for p in parameters if id(p) in own]
+    return [part for part in parts if part]
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:

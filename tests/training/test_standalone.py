@@ -76,6 +76,23 @@ def test_one_that_diverged_does_not_take_levi_with_it(cached_task: Tasks) -> Non
     assert model.standalone is None and result.validation["accuracy"] == 50 / 60 and result.view_epoch is None
 
 
+@pytest.mark.parametrize("loop", ["trainer", "lean"])
+@pytest.mark.parametrize("view", ["text", "recommendation"])
+def test_levi_learns_to_the_last_bit_what_it_learns_without(cached_task: Tasks, view: str, loop: str) -> None:
+    """Dropout is drawn, and gradients are clipped, as if nothing stood beside it."""
+    task = cached_task(view, "classes", dropout=0.2)
+    options = TrainingOptions(**{**OPTIONS, "max_grad_norm": 0.05})
+    results, models = [], []
+    for standalone in (True, False):
+        model = task.model(seed=1, standalone_view=standalone)
+        results.append(fit(model, task.train, task.validation, options, loop=loop))
+        models.append(model)
+    assert results[0].history == results[1].history and results[0].best_epoch == results[1].best_epoch
+    weights = models[0].state_dict()
+    for name, value in models[1].state_dict().items():
+        assert torch.equal(weights[name], value), name
+
+
 @pytest.mark.parametrize(("view", "problem"), [("tabular", "regression"), ("recommendation", "classes")])
 def test_the_figures_are_those_of_the_model_that_is_kept(cached_task: Tasks, view: str, problem: str) -> None:
     task = cached_task(view, problem, standalone_view=True)
