@@ -44,13 +44,9 @@ class Backbone:
         return "real" if self.packaged is not None and packaged_folder(self.packaged) else "random"
 
     def config(self) -> LeviConfig:
-        """LEVI as ``levi-fast train`` has it, with the modality's default task model, classifying."""
+        """LEVI with the modality's default task model, classifying."""
         text = {"type": "text", "vocab_size": self.vocabulary}
-        fields: dict[str, Any] = {
-            "num_labels": NUM_LABELS,
-            "problem_type": "single_label_classification",
-            "standalone_view": True,
-        }
+        fields: dict[str, Any] = {"num_labels": NUM_LABELS, "problem_type": "single_label_classification"}
         return LeviConfig(task_model={"type": "image"} if self.vocabulary is None else text, **fields)
 
     def load(self, dtype: torch.dtype, device: str) -> nn.Module:

@@ -68,16 +68,12 @@ def hidden_states(parts: LeviModel, backbone: nn.Module) -> tuple[nn.Module, Los
         what is trained, the loss, and the layers' logits in the labels' units.
     """
     config, task_model, ensemble = parts.config, cast(nn.Module, parts.task_model), parts.ensemble
-    standalone = parts.standalone
     kind = cast(reference.ProblemType, config.problem_type)
     mean, std = (config.target_mean, config.target_std) if kind == "regression" else (0.0, 1.0)
     names, takes_all = keyword_names(task_model)
 
-    def view_inputs(batch: Batch) -> dict[str, Tensor]:
-        return {k: v for k, v in _inputs(batch).items() if takes_all or k in names}
-
     def logits(batch: Batch) -> Tensor:
-        view = task_model(**view_inputs(batch))
+        view = task_model(**{k: v for k, v in _inputs(batch).items() if takes_all or k in names})
         with torch.no_grad():
             states = _run(backbone, batch, output_hidden_states=True).hidden_states
             taps = [mean_pool(state, batch.get("attention_mask")) for state in states[1:]]
@@ -85,13 +81,9 @@ def hidden_states(parts: LeviModel, backbone: nn.Module) -> tuple[nn.Module, Los
 
     def loss(batch: Batch) -> Tensor:
         labels = batch["labels"] if kind != "regression" else (batch["labels"] - mean) / std
-        found = reference.layerwise_loss(logits(batch), labels, kind)
-        if standalone is None:
-            return found
-        return found + reference.layerwise_loss(standalone(view_inputs(batch)).layer_logits, labels, kind)
+        return reference.layerwise_loss(logits(batch), labels, kind)
 
-    trained = nn.ModuleList([task_model, ensemble, *([] if standalone is None else [standalone])])
-    return trained, loss, lambda batch: logits(batch) * std + mean
+    return nn.ModuleList([task_model, ensemble]), loss, lambda batch: logits(batch) * std + mean
 
 
 def linear_probe(backbone: nn.Module, config: LeviConfig) -> Peer:

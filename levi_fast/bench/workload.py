@@ -126,7 +126,9 @@ class Workload:
         task = load_task(name, data, seed=seed, **rows)
         backbone_name, module, tokenizer = load_minilm_or(backbone)
         encoded = task.encode(tokenizer, max_length=None, backbone_config=module.config)
-        config = build_config(task.processor, task.task_model("auto", len(tokenizer)), {"backbone": backbone_name})
+        # LEVI by itself, as the peers have it; what a standalone task model adds: benchmarks/bench_cached_training.py
+        fields = {"backbone": backbone_name, "standalone_view": False}
+        config = build_config(task.processor, task.task_model("auto", len(tokenizer)), fields)
         options = TrainingOptions(device="cpu", seed=seed, **TASK_TRAINING.get(name, {}))
         splits = Splits(encoded.train, encoded.validation)
         completed: Any = get_levi_model(module, config).config  # transformers types it as its own base class
