@@ -80,7 +80,7 @@ def test_the_studied_rule_is_the_librarys(scripts: None) -> None:
     labels = rng.normal(size=60)
     for noise in rng.uniform(0.4, 0.6, size=(40, 3, 1, 1)):
         ways = three_ways.Ways(labels[:, None] + noise * rng.normal(size=(3, 60, 1)), labels)
-        weights = three_ways.with_level_view(ways, "regression")
+        weights = three_ways.RULES[three_ways.LIBRARYS](ways, "regression")
         chosen, _ = choose_blend(Logits(*ways.logits), labels, "regression")
         np.testing.assert_allclose(ways.weighed(weights), Logits(*ways.logits).blended(chosen))
 
