@@ -30,7 +30,7 @@ from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch, EpochProgress, FitResult
 from levi_fast.training.blending import Logits
 from levi_fast.training.checkpoints import CheckpointOptions, Checkpoints
-from levi_fast.training.lean import clip_gradients, clipped_apart, make_optimizer, train_lean
+from levi_fast.training.lean import ClippedApart, make_optimizer, train_lean
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 
 # Of a backbone that is trained: what fine-tuning BERT-sized models and LoRA usually take.
@@ -279,12 +279,10 @@ class _Clipper(TrainerCallback):
     """Clips as the lean loop does, where Trainer would clip all gradients by one norm."""
 
     def __init__(self, model: LeviModel, max_grad_norm: float) -> None:
-        self.parts, self.max_grad_norm = clipped_apart(model), max_grad_norm
+        self.clip = ClippedApart(model, max_grad_norm)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.max_grad_norm > 0:
-            for part in self.parts:
-                clip_gradients(part, self.max_grad_norm)
+        self.clip()
 
 
 def _arguments(folder: str, options: TrainingOptions, num_steps: int, some_unused: bool) -> TrainingArguments:

@@ -109,17 +109,15 @@ class TrainingStep:
     def __init__(
         self, model: LeviModel, optimizer: torch.optim.Optimizer, max_grad_norm: float, replicas: Replicas
     ) -> None:
-        self.model, self.optimizer, self.max_grad_norm, self.replicas = model, optimizer, max_grad_norm, replicas
+        self.model, self.optimizer, self.replicas = model, optimizer, replicas
         self.parameters, self.buffers = trained(model), moving_buffers(model)
-        self.parts = clipped_apart(model)
+        self.clip = ClippedApart(model, max_grad_norm)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> None:
         self.replicas.follow(self.buffers)
         self.model(**_moved(batch, self.parameters[0].device)).loss.backward()
         self.replicas.average_gradients(self.parameters)
-        if self.max_grad_norm > 0:
-            for part in self.parts:
-                clip_gradients(part, self.max_grad_norm)
+        self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -259,15 +257,26 @@ def score_epoch(
     return best.score(logits, validation.labels.numpy())
 
 
-def clipped_apart(model: LeviModel) -> list[list[torch.nn.Parameter]]:
-    """The trained parameters whose gradients are clipped by their own norm: of a standalone task model, of all else.
+class ClippedApart:
+    """Clips a standalone task model's gradients by their norm, and all others by theirs, when called.
 
     Clipped together, a large gradient of the one would shorten the other's steps.
+
+    Args:
+        model: whose trained parameters they are of.
+        max_norm: gradients are scaled down to this norm; 0 leaves them.
     """
-    own = set() if model.standalone is None else {id(parameter) for parameter in model.standalone.parameters()}
-    parameters = trained(model)
-    parts = [p for p in parameters if id(p) not in own], [p for p in parameters if id(p) in own]
-    return [part for part in parts if part]
+
+    def __init__(self, model: LeviModel, max_norm: float) -> None:
+        own = set() if model.standalone is None else {id(parameter) for parameter in model.standalone.parameters()}
+        parameters = trained(model)
+        parts = [p for p in parameters if id(p) not in own], [p for p in parameters if id(p) in own]
+        self.parts, self.max_norm = [part for part in parts if part], max_norm
+
+    def __call__(self) -> None:
+        if self.max_norm > 0:
+            for part in self.parts:
+                clip_gradients(part, self.max_norm)
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
