@@ -163,6 +163,15 @@ def train(
             rich_help_panel=MODEL,
         ),
     ] = "auto",
+    cross_fit: Annotated[
+        int,
+        typer.Option(
+            help="Folds of the training rows. Where fewer than 1,000 validation rows choose a blend that leans on "
+            "the task model, up to 10,000 training rows choose too, each predicted by a model that is trained "
+            "without its fold; 0 leaves the choice to validation.",
+            rich_help_panel=MODEL,
+        ),
+    ] = 4,
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -312,6 +321,7 @@ def train(
             weight_decay=weight_decay,
             seed=seed,
             blend=weight,
+            cross_fit=cross_fit,
             device=device,
             **schedule,
         ),

@@ -1,7 +1,7 @@
 """Which epoch is kept: validation predictions are scored after each, and the best one's weights stay in memory.
 
 LEVI and a standalone task model that is trained beside it each keep an epoch of their own; what each weighs is chosen
-once, at the end, among the predictions of the two.
+once, at the end, among the predictions of the two, and of rows held out by cross-fitting where there are any.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ EpochProgress = Callable[[int, int, dict[str, float]], None]
 class FitResult:
     """What training chose: the epoch (from 1), the blend, their validation scores, and every epoch's scores.
 
-    ``view_epoch`` is that of a standalone task model, or None; ``history`` is of LEVI without it.
+    ``view_epoch`` is that of a standalone task model, or None; ``history`` is of LEVI without it. ``blend_rows`` is
+    how many rows chose the blend, 0 for none: more than those of validation after cross-fitting.
     """
 
     best_epoch: int
@@ -39,6 +40,7 @@ class FitResult:
     seconds: float = 0.0
     view_blend: float = 0.0
     view_epoch: int | None = None
+    blend_rows: int = 0
 
     @property
     def weights(self) -> Blend:
@@ -70,7 +72,7 @@ class BestEpoch:
         self.best: FitResult | None = None
         self.best_view: tuple[int, dict[str, float]] | None = None  # the standalone task model's epoch and its scores
         self.weights: dict[str, torch.Tensor] = {}
-        # Validation predictions of the epochs kept so far, and the labels; only beside a standalone task model.
+        # Validation predictions of the epochs kept so far, and the labels; only where a blend is chosen at the end.
         self.validation: dict[str, np.ndarray] = {}
         self.history: list[dict[str, float]] = []
         self._scored: tuple[Logits, np.ndarray] | None = None
@@ -79,8 +81,9 @@ class BestEpoch:
         """Metrics of validation predictions and the blend they are of; ``{"diverged": 1}`` for NaN."""
         if not np.isfinite(logits.both).all():
             return {"diverged": 1.0}
-        if self.standalone:
+        if self.blend is None and logits.without_view is not None:
             self._scored = logits, labels
+        if self.standalone:
             logits = replace(logits, without_taps=None)
         if self.blend is None:
             weights, scores = choose_blend(logits, labels, self.problem_type)
@@ -99,18 +102,17 @@ class BestEpoch:
                 self.best = FitResult(epoch, scores["blend"], best, view_blend=scores["view_blend"])
                 self._keep(model, of_standalone=False)
             if self._scored is not None:
-                self._record_standalone(epoch, model, *self._scored)
+                self._record_predictions(epoch, model, *self._scored)
         self._scored = None
         if self.on_epoch is not None:
             self.on_epoch(epoch, self.epochs, scores)
 
-    def _record_standalone(self, epoch: int, model: LeviModel, logits: Logits, labels: np.ndarray) -> None:
+    def _record_predictions(self, epoch: int, model: LeviModel, logits: Logits, labels: np.ndarray) -> None:
         self.validation["labels"] = labels
         if self.best is not None and self.best.best_epoch == epoch:
-            self.validation["both"] = logits.both
-            if logits.without_view is not None:
-                self.validation["without_view"] = logits.without_view
-        if logits.without_taps is None or not np.isfinite(logits.without_taps).all():
+            own = replace(logits, without_taps=None) if self.standalone else logits
+            self.validation.update(own.parts())
+        if not self.standalone or logits.without_taps is None or not np.isfinite(logits.without_taps).all():
             return
         scores = compute_metrics(logits.without_taps, labels, self.problem_type)
         if self._is_better(scores, None if self.best_view is None else self.best_view[1]):
@@ -151,22 +153,47 @@ class BestEpoch:
             for epoch, known in enumerate(self.history, 1):
                 self.on_epoch(epoch, self.epochs, known)
 
-    def restore(self, model: LeviModel, seconds: float) -> FitResult:
+    def choose(self, held_out: tuple[Logits, np.ndarray] | None = None) -> Blend | None:
+        """The blend among the predictions of the kept epochs; None where there is nothing to choose.
+
+        Args:
+            held_out: predictions of rows that their model has not seen, and their labels, to choose by beside the
+                validation rows.
+        """
+        if "both" not in self.validation:
+            return None
+        parts = dict(self.validation)
+        labels = parts.pop("labels")
+        logits = Logits(**parts)
+        if held_out is not None:
+            logits, labels = logits.followed_by(held_out[0]), np.concatenate([labels, held_out[1]])
+        return choose_blend(logits, labels, self.problem_type)[0]
+
+    def restore(
+        self, model: LeviModel, seconds: float, held_out: tuple[Logits, np.ndarray] | None = None
+    ) -> FitResult:
         """Give the model the best epoch's weights and blend, in eval mode.
 
         A standalone task model without a weight in the prediction is let go of.
+
+        Args:
+            model: that was trained.
+            seconds: of training.
+            held_out: see :meth:`choose`.
 
         Raises:
             DivergedError: when no epoch gave finite predictions.
         """
         if self.best is None:
             raise DivergedError("training diverged: no epoch gave finite predictions; lower --learning-rate")
-        if self.best_view is not None:
+        weights = self.choose(held_out)
+        if weights is not None:
             parts = dict(self.validation)
             labels = parts.pop("labels")
-            weights, self.best.validation = choose_blend(Logits(**parts), labels, self.problem_type)
             self.best.blend, self.best.view_blend = weights
-            self.best.view_epoch = self.best_view[0]
+            self.best.validation = compute_metrics(Logits(**parts).blended(weights), labels, self.problem_type)
+            self.best.blend_rows = len(labels) + (0 if held_out is None else len(held_out[1]))
+            self.best.view_epoch = None if self.best_view is None else self.best_view[0]
         if model.standalone is not None and not self.best.view_blend:
             model.drop_standalone()
             self.weights = {name: part for name, part in self.weights.items() if not name.startswith(STANDALONE)}

@@ -45,6 +45,15 @@ class Logits:
     without_view: np.ndarray | None = None
     without_taps: np.ndarray | None = None
 
+    def parts(self) -> dict[str, np.ndarray]:
+        """Those that there are, by name."""
+        return {name: part for name, part in vars(self).items() if part is not None}
+
+    def followed_by(self, others: Logits) -> Logits:
+        """These rows and then the others, of which the predictions that these have are taken."""
+        theirs = others.parts()
+        return Logits(**{name: np.concatenate([part, theirs[name]]) for name, part in self.parts().items()})
+
     def blended(self, weights: Blend) -> np.ndarray:
         """Logits ``[N, C]`` with these weights; a prediction that is not there has none."""
         return blend_logits(

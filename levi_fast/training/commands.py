@@ -206,6 +206,7 @@ def run_document(result: MethodResult, splits: Splits, seed: int) -> dict[str, A
         "problem_type": result.model.config.problem_type,
         "blend": result.fit.blend,
         "view_blend": result.fit.view_blend,
+        "blend_rows": result.fit.blend_rows,
         "choices": result.choices,
         "best_epoch": result.fit.best_epoch,
         "view_epoch": result.fit.view_epoch,

@@ -138,6 +138,9 @@ def _settings(comparison: Comparison, data: ComparedData, seed: int, method: str
         **{name: shared.get(name) for name in names},
         "training": [asdict(o) for o in _options(comparison, data, seed, method, device)],
     }
+    for options in settings["training"]:
+        if not options["cross_fit"]:
+            del options["cross_fit"]
     kind = find_method(method)
     has_standalone = kind.has_both_views and kind.fields.get("standalone_view", True)
     # none in cells from before there was one, which were LEVI without
@@ -169,6 +172,9 @@ def _options(
     plan: dict[str, Any] = {**TASK_TRAINING.get(data.task_name or "", {})}
     plan.update({k: shared[k] for k in ("epochs", "batch_size") if shared.get(k) is not None})
     kind = find_method(method)
+    # 0 where there is no blend to choose, or the backbone runs: such cells may be from before there was the setting
+    can_cross_fit = kind.needs_view and kind.has_backbone and not kind.trains_backbone
+    plan["cross_fit"] = shared.get("cross_fit", TrainingOptions.cross_fit) if can_cross_fit else 0
     if kind.trains_backbone:
         usual = BACKBONE_LEARNING_RATES[str(kind.backbone_training)]
         plan.update(epochs=shared.get("backbone_epochs") or BACKBONE_EPOCHS, seed=seed, device=device)

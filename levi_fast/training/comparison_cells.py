@@ -44,6 +44,7 @@ def figures_of(result: MethodResult, splits: Splits) -> dict[str, Any]:
         "best_epoch": result.fit.best_epoch,
         "blend": result.fit.blend,
         "view_blend": result.fit.view_blend,
+        "blend_rows": result.fit.blend_rows,
         "view_epoch": result.fit.view_epoch,
         "choices": result.choices,
         "trained_parameters": trained,

@@ -19,6 +19,7 @@
     max_eval_rows: 1000             # likewise of every other split
     epochs: 20                      # optional, as are batch_size, learning_rates and the model's settings
     standalone_view: false          # optional: LEVI without a task model trained by itself beside it
+    cross_fit: 0                    # optional: folds that choose the blend beside few validation rows; 4 by default
     learning_rates: [0.0003, 0.001] # each cell trains with all of them and keeps the best on ID validation
     backbone_epochs: 3              # of methods that train the backbone
     backbone_learning_rates: [0.00005]  # likewise tried; by default 5e-5, or 5e-4 for LoRA
@@ -46,7 +47,7 @@ _WHOLE = ("epochs", "backbone_epochs", "batch_size", "max_train_rows", "max_eval
 _RATES = ("learning_rates", "backbone_learning_rates")
 _KEYS = {
     "data", "methods", "seeds", *_RATES, "backbone", "backbone_dtype", "taps", "pooling", "task_model",
-    "standalone_view", *_WHOLE,
+    "standalone_view", "cross_fit", *_WHOLE,
 }  # fmt: skip
 
 
@@ -97,6 +98,9 @@ class Comparison:
             value = self.settings.get(key)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise DataError(f"{key}: expected a whole number of at least 1, got {value!r}")
+        folds = self.settings.get("cross_fit")
+        if folds is not None and (isinstance(folds, bool) or not isinstance(folds, int) or folds < 0 or folds == 1):
+            raise DataError(f"cross_fit: expected 0 or a whole number of at least 2, got {folds!r}")
         flag = self.settings.get("standalone_view")
         if flag is not None and not isinstance(flag, bool):
             raise DataError(f"standalone_view: expected true or false, got {flag!r}")

@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch, EpochProgress, FitResult
 from levi_fast.training.blending import Logits
 from levi_fast.training.checkpoints import CheckpointOptions, Checkpoints
+from levi_fast.training.cross_fitting import cross_fit, is_asked_for
 from levi_fast.training.lean import ClippedApart, make_optimizer, train_lean
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 
@@ -54,6 +56,9 @@ class TrainingOptions:
         seed: of initialisation, dropout and the order of rows.
         blend: weight of the prediction with the view zeroed; None chooses it on validation data, see
             :func:`levi_fast.training.blending.choose_blend`. A number leaves the view's own prediction out.
+        cross_fit: folds of the training rows. Where few validation rows choose a blend that leans on the task model,
+            each is predicted by a model trained on the others, and they choose with the validation rows
+            (:mod:`levi_fast.training.cross_fitting`); with precomputed taps, in one process. 0 leaves it out.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
 
     Raises:
@@ -69,6 +74,7 @@ class TrainingOptions:
     max_grad_norm: float = 1.0
     seed: int = 0
     blend: float | None = None
+    cross_fit: int = 4
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -86,6 +92,8 @@ class TrainingOptions:
             raise DataError(f"--weight-decay: expected a number of at least 0, got {self.weight_decay}")
         if self.blend is not None and not 0.0 <= self.blend <= 1.0:
             raise DataError(f"--blend: expected 'auto' or a number from 0 to 1, got {self.blend}")
+        if self.cross_fit < 0 or self.cross_fit == 1:
+            raise DataError(f"--cross-fit: expected 0 or at least 2 folds, got {self.cross_fit}")
         resolve_device(self.device)
 
 
@@ -150,6 +158,9 @@ def fit(
     model.config.blend = model.config.view_blend = 0.0  # logits are those with the view; scoring does the blending
     has_standalone = model.standalone is not None
     best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, on_epoch, has_standalone)
+    initial = (
+        {name: value.detach().clone() for name, value in model.state_dict().items()} if options.cross_fit else {}
+    )
     # Trainer walks over all modules several times a step; with the taps attached, the backbone's need not be there.
     if not runs_backbone:
         model.backbone = None
@@ -175,9 +186,29 @@ def fit(
                     train_lean(model, train, validation, arguments, best, kept, backbone_rate, alone, graph)
                 else:
                     train_with_trainer(model, train, validation, arguments, best, backbone_rate)
+        held_out = None
+        can_cross_fit = best.best is not None and not (runs_backbone or several)
+        if can_cross_fit and is_asked_for(best.choose(), train, validation, options.cross_fit):
+            again = partial(_fit_fold, model, validation, options, graph=loop == "graph")
+            held_out = cross_fit(model, initial, train, options.cross_fit, options.seed, again)
     finally:
         model.backbone = backbone
-    return best.restore(model, time.perf_counter() - started)
+    return best.restore(model, time.perf_counter() - started, held_out)
+
+
+def _fit_fold(
+    model: LeviModel, validation: EncodedDataset, options: TrainingOptions, train: EncodedDataset, *, graph: bool
+) -> BestEpoch:
+    """Train a model in place on some of the rows, as :func:`fit` does on all, by the lean loop."""
+    set_seed(options.seed)
+    has_standalone = model.standalone is not None
+    best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, None, has_standalone)
+    num_steps = options.epochs * -(-len(train) // options.batch_size)
+    with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
+        arguments = _arguments(folder, options, num_steps, False)
+        with train.only(model.reads), validation.only(model.reads):
+            train_lean(model, train, validation, arguments, best, alone=True, cuda_graph=graph)
+    return best
 
 
 def check_loop(loop: str, device: str, *, with_checkpoints: bool = False) -> None:
@@ -208,8 +239,11 @@ def _run_of(
 
 def rows_and_options(train: EncodedDataset, validation: EncodedDataset, options: TrainingOptions) -> dict[str, Any]:
     """The part of what makes a run that is known before a backbone has run."""
+    given = dataclasses.asdict(options)
+    if not given["cross_fit"]:
+        del given["cross_fit"]  # as in a checkpoint from before there was one
     return {
-        **{f"option {name}": value for name, value in dataclasses.asdict(options).items()},
+        **{f"option {name}": value for name, value in given.items()},
         "processes": _processes(),
         "training rows": train.content_digest()[:16],
         "validation rows": validation.content_digest()[:16],

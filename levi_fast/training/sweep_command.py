@@ -213,6 +213,7 @@ def _column_document(column: LabelColumn, ranking: Sequence[HeadResult]) -> dict
                 "best_epoch": None if result.fit is None else result.fit.best_epoch,
                 "blend": None if result.fit is None else result.fit.blend,
                 "view_blend": None if result.fit is None else result.fit.view_blend,
+                "blend_rows": None if result.fit is None else result.fit.blend_rows,
                 "seconds": None if result.fit is None else round(result.fit.seconds, 3),
                 "error": result.error,
             }

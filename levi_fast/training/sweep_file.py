@@ -38,6 +38,7 @@ OPTION_TYPES: dict[str, type] = {
     "epochs": int,
     "batch_size": int,
     "blend": float,
+    "cross_fit": int,
 }
 MODEL_TYPES: dict[str, type] = {
     "view_dropout": float,
