@@ -234,19 +234,25 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             raise IndexError(index)
         return {key: value[0] for key, value in self.__getitems__([index % len(self)]).items()}
 
-    def subset(self, rows: Sequence[int], name: str, *, with_taps: bool = False) -> EncodedDataset:
-        """The given rows as a data set of their own; with the attached taps only if asked for."""
+    def subset(self, rows: Sequence[int], name: str) -> EncodedDataset:
+        """The given rows as a data set of their own, without taps."""
         index = torch.as_tensor(rows, dtype=torch.int64)
-        found = EncodedDataset(
+        return EncodedDataset(
             name,
             token_ids=None if self.token_ids is None else [self._text(int(row)).tolist() for row in index],
             pad_token_id=self.pad_token_id,
             features={key: value[index] for key, value in self.features.items()},
             labels=None if self.labels is None else self.labels[index],
         )
-        if with_taps and self._taps is not None:
-            own = index if self._tap_rows is None else self._tap_rows[index]
-            found.set_taps(self._taps, own, keep_inputs=self._keep_inputs)
+
+    def subset_with_taps(self, rows: Sequence[int], name: str) -> EncodedDataset:
+        """The same with the taps that are attached here."""
+        if self._taps is None:
+            raise ValueError(f"{self.name}: no taps are attached")
+        found = self.subset(rows, name)
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        own = index if self._tap_rows is None else self._tap_rows[index]
+        found.set_taps(self._taps, own, keep_inputs=self._keep_inputs)
         return found
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:

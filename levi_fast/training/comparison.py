@@ -133,14 +133,11 @@ def _settings(comparison: Comparison, data: ComparedData, seed: int, method: str
     shared = comparison.settings
     source = {k: asdict(v) if hasattr(v, "__dataclass_fields__") else v for k, v in data.fields.items()}
     names = (*_MODEL_SETTINGS, *_REQUEST_SETTINGS)
-    settings = {
-        "data": source,
-        **{name: shared.get(name) for name in names},
-        "training": [asdict(o) for o in _options(comparison, data, seed, method, device)],
-    }
-    for options in settings["training"]:
+    training = [asdict(options) for options in _options(comparison, data, seed, method, device)]
+    for options in training:
         if not options["cross_fit"]:
-            del options["cross_fit"]
+            del options["cross_fit"]  # as in cells from before there was such a setting
+    settings = {"data": source, **{name: shared.get(name) for name in names}, "training": training}
     kind = find_method(method)
     has_standalone = kind.has_both_views and kind.fields.get("standalone_view", True)
     # none in cells from before there was one, which were LEVI without
@@ -172,7 +169,6 @@ def _options(
     plan: dict[str, Any] = {**TASK_TRAINING.get(data.task_name or "", {})}
     plan.update({k: shared[k] for k in ("epochs", "batch_size") if shared.get(k) is not None})
     kind = find_method(method)
-    # 0 where there is no blend to choose, or the backbone runs: such cells may be from before there was the setting
     can_cross_fit = kind.needs_view and kind.has_backbone and not kind.trains_backbone
     plan["cross_fit"] = shared.get("cross_fit", TrainingOptions.cross_fit) if can_cross_fit else 0
     if kind.trains_backbone:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from levi_fast.data.encoded import EncodedDataset
@@ -61,21 +60,23 @@ def cross_fit(
     Returns:
         None, with a warning, where a training diverged.
     """
-    order = np.random.default_rng(seed).permutation(len(train))
+    order: list[int] = np.random.default_rng(seed).permutation(len(train)).tolist()
     found: dict[str, list[np.ndarray]] = {}
+    rows: list[int] = []
     for fold in range(folds):
-        held, kept = np.sort(order[fold::folds]), np.sort(np.delete(order, np.s_[fold::folds]))
+        held = sorted(order[fold::folds])
+        kept = sorted(set(order) - set(held))
         model.load_state_dict(initial)
-        best = fit_fold(train.subset(kept, f"{train.name}, but for fold {fold + 1}", with_taps=True))
+        best = fit_fold(train.subset_with_taps(kept, f"{train.name}, but for fold {fold + 1}"))
         if best.weights.keys() != initial.keys():
             warnings.warn("the blend is chosen by validation rows alone: a training on folds diverged", stacklevel=3)
             return None
         model.load_state_dict(best.weights)
         model.config.blend = model.config.view_blend = 0.0
-        predicted = predict(model, train.subset(held, f"fold {fold + 1} of {train.name}", with_taps=True))
+        predicted = predict(model, train.subset_with_taps(held, f"fold {fold + 1} of {train.name}"))
+        rows += held
         logits = Logits(predicted.logits, predicted.logits_without_view, predicted.logits_without_taps)
         for name, part in logits.parts().items():
             found.setdefault(name, []).append(part)
     assert train.labels is not None
-    rows = torch.from_numpy(np.concatenate([np.sort(order[fold::folds]) for fold in range(folds)]))
     return Logits(**{name: np.concatenate(parts) for name, parts in found.items()}), train.labels[rows].numpy()

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from levi_fast.backbones import load_backbone
+from levi_fast.config import LeviConfig
 from levi_fast.errors import DataError
-from levi_fast.training import cross_fitting
+from levi_fast.modeling import get_levi_model
 from levi_fast.training import fit as fitting
 from levi_fast.training.best_epoch import BestEpoch
 from levi_fast.training.blending import Blend, Logits
@@ -93,7 +95,7 @@ def test_every_row_is_predicted_once_by_a_model_that_has_not_seen_it(cached_task
         best = fitting._fit_fold(own, task.validation, OPTIONS, part, graph=False)
         own.load_state_dict(best.weights)
         own.config.blend = own.config.view_blend = 0.0
-        alone = predict(own, task.train.subset(held, "held out", with_taps=True))
+        alone = predict(own, task.train.subset_with_taps(held, "held out"))
         for mine, theirs in (
             (logits.both, alone.logits),
             (logits.without_view, alone.logits_without_view),
@@ -223,14 +225,21 @@ def test_killed_within_the_folds_it_goes_on_to_the_same_end(
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_views_without_precomputed_taps_choose_by_validation_alone(
-    cached_task: Tasks, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("why", ["no taps", "several processes"])
+def test_without_taps_or_among_several_processes_validation_chooses_alone(
+    tiny_bert_dir: str, cached_task: Tasks, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     """A backbone that runs in every step would run for every fold as well."""
     task = cached_task("text", "classes", standalone_view=True)
+    model = task.model(seed=1)
+    if why == "no taps":
+        spec = dict(task.config.task_model or {})
+        config = LeviConfig(num_labels=3, hidden_width=8, task_model=spec, standalone_view=True)
+        model = get_levi_model(load_backbone(tiny_bert_dir), config)
+        for dataset in (task.train, task.validation):
+            dataset.set_taps(None)
+    else:
+        monkeypatch.setattr(fitting, "_processes", lambda: 2)
     with_choices(monkeypatch, LEANING, TAPS_ALONE)
-    for dataset in (task.train, task.validation):
-        dataset.set_taps(None)
-    result = fit(task.model(seed=1), task.train, task.validation, replace(OPTIONS, epochs=1))
+    result = fit(model, task.train, task.validation, replace(OPTIONS, epochs=1), loop="lean")
     assert result.weights == LEANING and result.blend_rows == len(task.validation)
-    assert len(task.validation) < cross_fitting.ENOUGH_VALIDATION_ROWS
