@@ -80,7 +80,8 @@ def load(
         max_train_rows: of MovieLens, where not its own number.
     """
     source, fixed = _source(name, shared, seed, caches)
-    options = TrainingOptions(**TASK_TRAINING.get(source.get("task_name", ""), {}), seed=seed)
+    # validation alone chooses the blend: the folds of cross-fitting would cost more than all the variants
+    options = TrainingOptions(**TASK_TRAINING.get(source.get("task_name", ""), {}), seed=seed, cross_fit=0)
     named = name if fixed else f"{name}-seed-{seed}"
     if max_train_rows is not None:
         source, named = {**source, "max_train_rows": max_train_rows}, f"{named}-{max_train_rows}"

@@ -34,6 +34,7 @@ from levi_fast.training.checkpoints import CheckpointOptions, Checkpoints
 from levi_fast.training.cross_fitting import cross_fit, is_asked_for
 from levi_fast.training.lean import ClippedApart, make_optimizer, train_lean
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
+from levi_fast.training.prefetch import resident
 
 # Of a backbone that is trained: what fine-tuning BERT-sized models and LoRA usually take.
 BACKBONE_LEARNING_RATES = {"frozen": None, "full": 5e-5, "lora": 5e-4}
@@ -190,7 +191,8 @@ def fit(
         can_cross_fit = best.best is not None and not (runs_backbone or several)
         if can_cross_fit and is_asked_for(best.choose(), train, validation, options.cross_fit):
             again = partial(_fit_fold, model, validation, options, graph=loop == "graph")
-            held_out = cross_fit(model, initial, train, options.cross_fit, options.seed, again)
+            with resident([train, validation], next(model.parameters()).device):  # once for all folds
+                held_out = cross_fit(model, initial, train, options.cross_fit, options.seed, again)
     finally:
         model.backbone = backbone
     return best.restore(model, time.perf_counter() - started, held_out)

@@ -234,10 +234,14 @@ def test_without_taps_or_among_several_processes_validation_chooses_alone(
     model = task.model(seed=1)
     if why == "no taps":
         spec = dict(task.config.task_model or {})
-        config = LeviConfig(num_labels=3, hidden_width=8, task_model=spec, standalone_view=True)
+        config = LeviConfig(
+            num_labels=3, problem_type=task.config.problem_type, hidden_width=8, task_model=spec, standalone_view=True
+        )
         model = get_levi_model(load_backbone(tiny_bert_dir), config)
         for dataset in (task.train, task.validation):
             dataset.set_taps(None)
+            assert dataset.token_ids is not None
+            dataset.token_ids.clamp_(max=4)  # the backbone knows few
     else:
         monkeypatch.setattr(fitting, "_processes", lambda: 2)
     with_choices(monkeypatch, LEANING, TAPS_ALONE)

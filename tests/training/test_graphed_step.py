@@ -102,7 +102,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[TapedGraphs]:
 
 
 def trained(task: Any, loop: str, **options: Any) -> tuple[LeviModel, Any]:
-    chosen = {"epochs": 5, "batch_size": 16, "learning_rate": 5e-3, "seed": 5, **options}
+    chosen = {"epochs": 5, "batch_size": 16, "learning_rate": 5e-3, "seed": 5, "cross_fit": 0, **options}
     model = task.model(seed=1)
     return model, fit(model, task.train, task.validation, TrainingOptions(**chosen), loop=loop)
 
@@ -165,7 +165,7 @@ def test_a_run_that_was_killed_goes_on_with_graphs_of_its_own(
 ) -> None:
     task = cached_task("tabular", "classes", dropout=0.2)
     whole = trained(task, "lean")
-    options = TrainingOptions(epochs=5, batch_size=16, learning_rate=5e-3, seed=5)
+    options = TrainingOptions(epochs=5, batch_size=16, learning_rate=5e-3, seed=5, cross_fit=0)
 
     def killed(epoch: int, *_: Any) -> None:
         if epoch == 3:
@@ -225,7 +225,7 @@ def test_no_more_shapes_than_that_are_captured(
 @pytest.mark.filterwarnings("error")
 def test_heads_of_a_sweep_are_trained_with_graphs(cached_task: Tasks, taped: list[TapedGraphs]) -> None:
     task = cached_task("tabular", "classes")
-    options = TrainingOptions(epochs=2, batch_size=16)
+    options = TrainingOptions(epochs=2, batch_size=16, cross_fit=0)
     heads = [Head(loop, task.config, options, Splits(*task[1:]), loop) for loop in ("lean", "graph")]
     plain, graphed = train_heads(heads, workers=1)
     assert plain.fit.history == graphed.fit.history and plain.id == graphed.id  # type: ignore[union-attr]

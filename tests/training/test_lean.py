@@ -179,13 +179,13 @@ class TestStreaming:
         self, cached_task: Tasks, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         task = cached_task()
-        whole = trained(task, "lean")
+        whole = trained(task, "lean", cross_fit=0)
         source = OnDisk(task.train.taps())
         task.train.set_taps(source)
-        assert_same(trained(task, "lean"), whole)
+        assert_same(trained(task, "lean", cross_fit=0), whole)
         assert source.loads == 1 and not source.threads  # it fits: read once, then indexed in memory
         monkeypatch.setattr(prefetch, "MEMORY_SHARE", 0.0)
-        assert_same(trained(task, "lean"), whole)
+        assert_same(trained(task, "lean", cross_fit=0), whole)
         assert source.loads == 1 and source.threads == {"levi-fast-prefetch"}
         assert task.train.tap_source() is source
 
