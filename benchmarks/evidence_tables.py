@@ -98,6 +98,29 @@ def three_way_rules(document: Mapping[str, Any]) -> str:
     return _three_ways(document, {rule: (ways["training"], rule) for rule in ways["rules"]}, "weights")
 
 
+def cross_fitting(document: Mapping[str, Any]) -> str:
+    """Which rows choose the blend × data sets; then what there is to choose from."""
+    data = document["data"]
+    lines = [_row(["chosen by", *data]), _row(["---", *["---:"] * len(data)])]
+    for name in next(iter(data.values()))["rules"]:
+        cells = []
+        for found in data.values():
+            row = found["rules"][name]
+            ood = {"mean": row["mean"]["OOD"], "sd": row["sd"]["OOD"]}
+            own = {"mean": row["mean"]["ID"], "sd": None}
+            cells.append(f"{_cell(ood, found['metric'])} ({_cell(own, found['metric'])})")
+        lines.append(_row([f"**{name}**" if name == document["default"] else name, *cells]))
+    lines.append(
+        _row(
+            [
+                "rows: validation, held out",
+                *(f"{d['validation_rows']}, {d['held_out_rows']:,}" for d in data.values()),
+            ]
+        )
+    )
+    return "\n".join(lines)
+
+
 def _three_ways(document: Mapping[str, Any], wanted: Mapping[str, tuple[str, str]], first: str) -> str:
     data = document["data"]
     shown = {"default, with its own rule": ("default", document["rule"]), **wanted}
@@ -160,4 +183,5 @@ MAKERS = {
     "trainings": trainings,
     "weighings": weighings,
     "three-way-rules": three_way_rules,
+    "cross-fitting": cross_fitting,
 }

@@ -159,6 +159,7 @@ class TestArguments:
             (["--problem-type", "ranking"], "--problem-type: expected one of"),
             (["--blend", "half"], "--blend: expected 'auto' or a number from 0 to 1, got 'half'"),
             (["--blend", "2"], "--blend: expected 'auto' or a number from 0 to 1, got 2.0"),
+            (["--cross-fit", "1"], "--cross-fit: expected 0 or at least 2 folds, got 1"),
             (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got 0"),
             (["--learning-rate", "-1"], "--learning-rate: expected a positive number"),
             (["--seed", "-1"], "--seed: expected a whole number"),

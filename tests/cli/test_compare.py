@@ -213,6 +213,8 @@ def test_a_learning_rate_that_diverges_is_passed_over(levi_fast: Run, arguments:
             "data: [{name: a, train: x.csv}]\nmethods: [levi]\nstandalone_view: 1",
             "standalone_view: expected true or false",
         ),
+        ("data: [{name: a, train: x.csv}]\nmethods: [levi]\ncross_fit: 1", "cross_fit: expected 0 or a whole"),
+        ("data: [{name: a, train: x.csv}]\nmethods: [levi]\ncross_fit: true", "cross_fit: expected 0 or a whole"),
         ("data: [{name: a, train: x.csv}]\nmethods: [levi]\nlearning_rates: 1", "learning_rates: expected a list"),
         ("data: [{name: a, train: x.csv, label_column: l, text_column: t}]\nmethods: [levi]", "x.csv"),
     ],

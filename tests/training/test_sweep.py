@@ -52,6 +52,7 @@ def assert_equals_its_own_run(result: HeadResult) -> None:
     own = fit(model, head.splits.train, head.splits.validation, head.options, loop="trainer")
     assert result.fit is not None and result.fit.history == own.history
     assert (result.fit.best_epoch, result.fit.weights) == (own.best_epoch, own.weights)
+    assert result.fit.blend_rows == own.blend_rows
     assert result.weights.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(result.weights[name], value), name

@@ -12,6 +12,7 @@ from levi_fast.training.sweep_file import parse_sweep, read_sweep
 
 
 def test_a_grid_is_every_combination() -> None:
+    assert parse_sweep({"cross_fit": 0})[0].options() == {"cross_fit": 0}
     found = parse_sweep({"seed": [0, 1], "learning_rate": ["1e-3", 0.01], "view_dropout": 0.5})
     assert [c.name for c in found] == [
         "seed=0, learning_rate=0.001", "seed=0, learning_rate=0.01",
