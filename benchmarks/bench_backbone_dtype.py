@@ -64,7 +64,9 @@ def main() -> None:
         reference = reference or bank
         scores: dict[str, list[float]] = {"id": [], "ood": []}
         for seed in range(arguments.seeds):
-            result = run_method("levi", config, splits, TrainingOptions(seed=seed), backbone=backbone, bank=bank)
+            result = run_method(
+                "levi", config, splits, TrainingOptions(seed=seed, cross_fit=0), backbone=backbone, bank=bank
+            )
             scores["id"].append(result.id["accuracy"])
             scores["ood"].append(result.ood["new"]["accuracy"])
         row = {

@@ -145,7 +145,7 @@ def dtypes(data: Path, folder: Path, seeds: int, epochs: int | None) -> dict[str
         entries = sum(len(part) for part in cache.values())
         runs = []
         for seed in range(seeds):
-            options = TrainingOptions(seed=seed) if epochs is None else TrainingOptions(seed=seed, epochs=epochs)
+            options = TrainingOptions(seed=seed, cross_fit=0, **({} if epochs is None else {"epochs": epochs}))
             bank = TapBank.from_cache(cache, splits)
             found = run_method("levi", config, splits, options, backbone=backbone, bank=bank)
             runs.append(

@@ -81,7 +81,7 @@ def epoch(task_name: str, data: Path, sampled: int, epochs: int) -> dict[str, An
         task_model=task.task_model("auto", len(tokenizer)),
         **task.processor.labels.config_fields(),
     )
-    options = TrainingOptions(**{**TASK_TRAINING.get(task_name, {}), "epochs": epochs})
+    options = TrainingOptions(**{**TASK_TRAINING.get(task_name, {}), "epochs": epochs, "cross_fit": 0})
     set_seed(0)
     levi = get_levi_model(backbone, config)
     uncached = epochs_with_the_backbone(backbone, levi.config, splits, options.batch_size, sampled)

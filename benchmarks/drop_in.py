@@ -115,7 +115,11 @@ def main() -> None:
         bank = TapBank.from_cache(cache, splits)
     rows: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
-        rows.append(both(backbone, config, splits, bank, TrainingOptions(seed=seed, **TASK_TRAINING["movielens"])))
+        rows.append(
+            both(
+                backbone, config, splits, bank, TrainingOptions(seed=seed, cross_fit=0, **TASK_TRAINING["movielens"])
+            )
+        )
         print(json.dumps(rows[-1]), flush=True)
     document = {
         "what": __doc__.strip().splitlines()[0],

@@ -253,7 +253,12 @@ def _fit(size: int) -> None:
         dataset = EncodedDataset("rows", token_ids=[[1 + i % 8] * 4 for i in range(rows)], labels=labels)
         dataset.set_taps(torch.randn(rows, LAYERS * WIDTH, generator=torch.Generator().manual_seed(rows)))
         data.append(dataset)
-    fit(model, *data, TrainingOptions(epochs=1, batch_size=BATCH, max_grad_norm=1e9, device="cpu"), loop="lean")
+    fit(
+        model,
+        *data,
+        TrainingOptions(epochs=1, batch_size=BATCH, max_grad_norm=1e9, cross_fit=0, device="cpu"),
+        loop="lean",
+    )
 
 
 def layers_run() -> dict[str, Figure]:

@@ -28,7 +28,9 @@ def make_heads(config: LeviConfig, splits: Splits, schedule: Mapping[str, Any], 
         count: the first so many of the sixteen.
     """
     heads = [
-        Head(f"{seed} {rate}", config, TrainingOptions(seed=seed, learning_rate=rate, **schedule), splits)
+        Head(
+            f"{seed} {rate}", config, TrainingOptions(seed=seed, learning_rate=rate, cross_fit=0, **schedule), splits
+        )
         for seed in SEEDS
         for rate in RATES
     ]

@@ -61,7 +61,7 @@ class SyntheticEpoch:
         self._fit(self.validation)  # warm-up
 
     def _fit(self, train: EncodedDataset) -> float:
-        options = TrainingOptions(epochs=1, batch_size=BATCH, device="cpu")
+        options = TrainingOptions(epochs=1, batch_size=BATCH, cross_fit=0, device="cpu")
         return fit(LeviModel(self.config), train, self.validation, options).seconds
 
     def run(self) -> float:

@@ -129,7 +129,8 @@ class Workload:
         # LEVI by itself, as the peers have it; what a standalone task model adds: benchmarks/bench_cached_training.py
         fields = {"backbone": backbone_name, "standalone_view": False}
         config = build_config(task.processor, task.task_model("auto", len(tokenizer)), fields)
-        options = TrainingOptions(device="cpu", seed=seed, **TASK_TRAINING.get(name, {}))
+        # what is measured is training itself: no cross-fitting after it
+        options = TrainingOptions(device="cpu", seed=seed, cross_fit=0, **TASK_TRAINING.get(name, {}))
         splits = Splits(encoded.train, encoded.validation)
         completed: Any = get_levi_model(module, config).config  # transformers types it as its own base class
         return cls(name, splits, completed, options, module, tokenizer, task.processor.max_length)

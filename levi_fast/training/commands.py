@@ -233,6 +233,7 @@ def _run(request: TrainRequest, prepared: Prepared, console: Console) -> MethodR
                 loop=request.loop,
                 checkpoints=checkpoint_options(request, console.note),
                 on_epoch=on_epoch,
+                on_note=console.note,
             )
     except ValueError as error:  # a tap out of range, a backbone without layers, a training that diverged
         if isinstance(error, DataError):

@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,6 +124,7 @@ def fit(
     checkpoints: CheckpointOptions | None = None,
     alone: bool = False,
     on_epoch: EpochProgress | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> FitResult:
     """Train a model in place; it ends in eval mode with the best epoch's weights and ``config.blend`` set.
 
@@ -143,6 +145,7 @@ def fit(
         checkpoints: where to write checkpoints, and to go on from if there are any; by the lean loop.
         alone: each of torchrun's processes trains a model of its own.
         on_epoch: called after every epoch; after going on from a checkpoint, for the epochs before it too.
+        on_note: told that cross-fitting begins, which takes up to ``options.cross_fit - 1`` times as long again.
 
     Raises:
         DataError: for an unknown loop, one that cannot serve, or checkpoints of another run.
@@ -190,6 +193,10 @@ def fit(
         held_out = None
         can_cross_fit = best.best is not None and not (runs_backbone or several)
         if can_cross_fit and is_asked_for(best.choose(), train, validation, options.cross_fit):
+            on_note(
+                f"{len(validation):,} validation rows let the blend lean on the task model; now {options.cross_fit} "
+                f"folds of the {len(train):,} training rows are asked too (--cross-fit)"
+            )
             again = partial(_fit_fold, model, validation, options, graph=loop == "graph")
             with resident([train, validation], next(model.parameters()).device):  # once for all folds
                 held_out = cross_fit(model, initial, train, options.cross_fit, options.seed, again)

@@ -198,6 +198,7 @@ def run_method(
     checkpoints: CheckpointOptions | None = None,
     keep_layers: bool = False,
     on_epoch: EpochProgress | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> MethodResult:
     """Train one method and score it.
 
@@ -210,7 +211,7 @@ def run_method(
             ``bank`` has its taps.
         bank: precomputed taps; None runs the backbone in every epoch.
         backbone_batch_size: texts per forward pass of the backbone where it runs for predictions.
-        loop, checkpoints: see :func:`levi_fast.training.fit.fit`.
+        loop, checkpoints, on_note: see :func:`levi_fast.training.fit.fit`.
         keep_layers: also predict the validation rows, and keep every layer's predictions.
         on_epoch: progress.
 
@@ -236,8 +237,9 @@ def run_method(
         move(model, resolve_device(options.device))
         before = {k: v.detach().clone() for k, v in model.state_dict().items()} if kind.interpolates else None
         result = fit(
-            model, splits.train, splits.validation, options, loop=loop, checkpoints=checkpoints, on_epoch=on_epoch
-        )
+            model, splits.train, splits.validation, options, loop=loop, checkpoints=checkpoints, on_epoch=on_epoch,
+            on_note=on_note,
+        )  # fmt: skip
         if before is not None:
             choices["alpha"] = interpolate(model, before, splits.validation, result, backbone_batch_size)
         predictions = {
