@@ -6,13 +6,28 @@
 namespace levi_fast {
 namespace {
 
-// d = dh * act'(before) through dropout; hidden = drop(act(before)) where asked.
+// The moments of tap row b, which comes from memory: the rows behind it are asked for meanwhile.
+template <class T>
+inline void tap_moments(const Ensemble& in, int64_t layer, int64_t b, Moments* to) {
+  constexpr int64_t kSoon = 4, kSize = sizeof(T);
+  const T* row = static_cast<const T*>(in.taps[layer]) + b * in.tap_strides[layer];
+  if (b + kSoon < in.batch) {
+    ask_rows(row + kSoon * in.tap_strides[layer], 0, in.widths[layer] * kSize, 0, 1);
+  }
+  to[layer * in.batch + b] = moments(row, in.widths[layer]);
+}
+
+// d = dh * act'(before) through dropout; hidden = drop(act(before)) where asked. The taps' moments, where asked, are made
+// row by row beside it: they wait for memory, this for its own arithmetic.
 template <class T, int kActivation>
 void activation_gradient(const Ensemble& in, int64_t layer, int64_t begin, int64_t end, const T* before,
-                         const float* dh, Work<T>* d, Work<T>* hidden) {
+                         const float* dh, Work<T>* d, Work<T>* hidden, Moments* tap) {
   const int64_t n = in.first, padded = padded_width(n);
   for (int64_t b = begin; b < end; ++b) {
     const int64_t row = layer * in.batch + b;
+    if (tap != nullptr) {
+      tap_moments<T>(in, layer, b, tap);
+    }
     for (int64_t k = 0; k < n; k += kLanes) {
       Vf derivative;
       Vf value = activate<kActivation>(load_upto(before + row * n + k, n - k), &derivative);
@@ -36,7 +51,7 @@ void activation_gradient(const Ensemble& in, int64_t layer, int64_t begin, int64
 
 template <class T>
 using ActivationGradientFn = void (*)(const Ensemble&, int64_t, int64_t, int64_t, const T*, const float*, Work<T>*,
-                                      Work<T>*);
+                                      Work<T>*, Moments*);
 
 template <class T>
 void backward_rows(const EnsembleBackward& args, int64_t layer, int64_t begin, int64_t end, float* scratch) {
@@ -44,12 +59,7 @@ void backward_rows(const EnsembleBackward& args, int64_t layer, int64_t begin, i
   const Ensemble& in = args.in;
   const int64_t rows = end - begin, c = in.outputs, outputs = padded_width(c), first = padded_width(in.first);
   const int64_t offset = layer * in.batch + begin;
-  if (args.tap_weight != nullptr && in.normalize) {
-    Moments* to = reinterpret_cast<Moments*>(args.moments) + offset;
-    for (int64_t m = 0; m < rows; ++m) {
-      to[m] = moments(static_cast<const T*>(in.taps[layer]) + (begin + m) * in.tap_strides[layer], in.widths[layer]);
-    }
-  }
+  Moments* tap = args.tap_weight != nullptr && in.normalize ? reinterpret_cast<Moments*>(args.moments) : nullptr;
   for (int side = 0; side < 2; ++side) {
     if (!args.active[side]) {
       continue;
@@ -81,8 +91,12 @@ void backward_rows(const EnsembleBackward& args, int64_t layer, int64_t begin, i
           &activation_gradient<T, 0>, &activation_gradient<T, 1>, &activation_gradient<T, 2>,
           &activation_gradient<T, 3>};
       kGradients[in.activation](in, layer, begin, end, static_cast<const T*>(args.before[side]), dh,
-                                static_cast<W*>(args.d[side]), static_cast<W*>(args.hidden[side]));
+                                static_cast<W*>(args.d[side]), static_cast<W*>(args.hidden[side]), tap);
+      tap = nullptr;
     }
+  }
+  for (int64_t b = begin; tap != nullptr && b < end; ++b) {
+    tap_moments<T>(in, layer, b, tap);
   }
   if (args.active[0] && args.active[1] && args.d[1] != nullptr) {  // from here on d[1] is the taps' gradient: of both
     W* both = static_cast<W*>(args.d[1]);
@@ -131,6 +145,30 @@ inline void stream_rows(const float* from, int64_t rows, T* to, int64_t row_to) 
 // A right operand up to this size stays in L1 while all row groups pass over it.
 constexpr int64_t kRightBytes = 32 * 1024;
 
+// Rows [b, b + count) of A as a weight's gradient multiplies them: `to` is [count, kWeightRows], or pairs of rows where
+// products take pairs. fill(side, row of the batch, to) makes one row.
+template <class W, class Fill>
+inline void fill_left(Fill fill, int side, int64_t b, int64_t count, int64_t rows, float* to) {
+  if constexpr (kSame<W, bf16>) {
+    alignas(64) W two[2][kWeightRows];
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+    for (int64_t i = 0; i < count; i += 2, pairs += kWeightRows) {
+      const bool both = i + 1 < count;
+      fill(side, b + i, two[0]);
+      if (both) {
+        fill(side, b + i + 1, two[1]);
+      }
+      for (int64_t j = 0; j < rows; j += kWide) {
+        pair_rows(two[0] + j, both ? two[1] + j : nullptr, kWide, pairs + j, kWide);
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      fill(side, b + i, reinterpret_cast<W*>(to) + i * kWeightRows);
+    }
+  }
+}
+
 // `rows` rows of A^T d in one pass over the batch. As many columns of d at a time as stay close, row group after row
 // group: so rows are written in long pieces, straight from registers, and the next ones can be asked for. False where the
 // dtypes do not allow that, or in fp32 where not all columns stay close.
@@ -155,12 +193,8 @@ bool whole_weight_rows(const Ensemble& in, Fill fill, const Work<T>* d, int64_t 
     };
     soon(0, block, 0);
     float* panels = scratch;                                        // [pairs, block], where nothing else is by then
-    W* left = reinterpret_cast<W*>(scratch + kWeightRows * padded);  // [count, kWeightRows]
-    uint32_t* pairs_left = reinterpret_cast<uint32_t*>(scratch + kWeightRows * (padded + kDepth));
-    fill(0, 0, count, left);
-    if constexpr (kAsPairs) {
-      pack_pairs_flat(left, kWeightRows, rows, count, pairs_left);
-    }
+    float* left = scratch + kWeightRows * padded;
+    fill_left<W>(fill, 0, 0, count, rows, left);
     const Out mode = past ? Out::kStream : Out::kSet;
     for (int64_t j = 0; j < n; j += block) {
       const int64_t width = smaller(block, n - j);
@@ -172,8 +206,8 @@ bool whole_weight_rows(const Ensemble& in, Fill fill, const Work<T>* d, int64_t 
         T* to = out + m * row_out + j;
         soon(j, width, m + kRows);
         if constexpr (kAsPairs) {
-          product_to_rows(pairs_left + m, 1, kWeightRows, group, reinterpret_cast<uint32_t*>(panels), pairs, to,
-                          row_out, width, mode);
+          product_to_rows(reinterpret_cast<uint32_t*>(left) + m, 1, kWeightRows, group,
+                          reinterpret_cast<uint32_t*>(panels), pairs, to, row_out, width, mode);
         } else {
           product_rows<float>(left + m, 1, kWeightRows, group, d + j, padded, to, row_out, width, count, mode);
         }
@@ -186,20 +220,19 @@ bool whole_weight_rows(const Ensemble& in, Fill fill, const Work<T>* d, int64_t 
   }
 }
 
-// `rows` rows of sum over `sides` of A^T d. fill(side, first row of the batch, rows, to) makes rows of A, kWeightRows
-// apart; d[side] is [B, padded K]. With `stream`, a result that needs one pass is written past the cache.
-template <class T, class Fill>
-void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* const* d, int64_t rows, T* out,
+// `rows` rows of sum over `sides` of A^T d. fill is as fill_left takes it; later(first row of the batch, rows, calls) says
+// what fill will read; d[side] is [B, padded K]. With `stream`, a result that needs one pass is written past the cache.
+template <class T, class Fill, class Later>
+void weight_gradient(const Ensemble& in, int sides, Fill fill, Later later, const Work<T>* const* d, int64_t rows, T* out,
                      int64_t row_out, bool stream, float* scratch) {
   using W = Work<T>;
   constexpr bool kAsPairs = kSame<W, bf16>;
   constexpr int64_t kChunk = kAsPairs ? 2 * kDepth : kDepth;
   const int64_t n = in.first, padded = padded_width(n), columns = round_up(n, kLanes);
   const bool once = sides == 1 && in.batch <= kChunk;
-  float* sums = scratch;                                        // [kWeightRows, padded]
-  W* left = reinterpret_cast<W*>(sums + kWeightRows * padded);  // [kChunk, kWeightRows]
-  float* pairs_left = sums + kWeightRows * (padded + kDepth);   // as pairs: [kDepth, kWeightRows]
-  float* panel = pairs_left + kWeightRows * kDepth;             // [kDepth, kWide]
+  float* sums = scratch;                       // [kWeightRows, padded]
+  float* left = sums + kWeightRows * padded;   // [kDepth, kWeightRows]
+  float* panel = left + kWeightRows * kDepth;  // [kDepth, kWide]
   int64_t row_sums = once ? kWide : padded;
   bool direct = false, past = false;
   if constexpr (kSame<T, W>) {
@@ -222,29 +255,27 @@ void weight_gradient(const Ensemble& in, int sides, Fill fill, const Work<T>* co
       const int64_t count = smaller(kChunk, in.batch - b);
       const W* right = d[side] + b * padded;
       const Out mode = more ? Out::kAdd : past && direct ? Out::kStream : Out::kSet;
-      fill(side, b, count, left);
-      const int64_t panels = (columns + kWide - 1) / kWide, steps = (rows + kRows - 1) / kRows * ((count + 1) / 2);
-      const int64_t next = smaller(kChunk, in.batch - b - count) * padded * static_cast<int64_t>(sizeof(W));
-      Ahead ahead = plan(kAsPairs, right + count * padded, next, panels * steps);
-      if constexpr (kAsPairs) {
-        pack_pairs_flat(left, kWeightRows, rows, count, reinterpret_cast<uint32_t*>(pairs_left));
-      }
+      fill_left<W>(fill, side, b, count, rows, left);
+      const int64_t panels = (columns + kWide - 1) / kWide;
+      const int64_t next = smaller(kChunk, in.batch - b - count), tiles = (rows + kRows - 1) / kRows * panels;
+      constexpr int64_t kSize = sizeof(W);
+      Soon soon = kAsPairs ? Soon(right + count * padded, padded * kSize, padded * kSize, next, tiles) : Soon();
+      Soon also = later(b + count, next, tiles);
       for (int64_t j = 0; j < columns; j += kWide) {
         const int64_t width = smaller(kWide, columns - j);
         float* to = once && !direct ? sums : sums + j;
         if constexpr (kAsPairs) {
           uint32_t* pairs = reinterpret_cast<uint32_t*>(panel);
           pack_pairs(right + j, padded, width, count, pairs);
-          product_rows<uint32_t>(reinterpret_cast<uint32_t*>(pairs_left), 1, kWeightRows, rows, pairs, width, to,
-                                 row_sums, width, (count + 1) / 2, mode, ahead);
-          ahead = after(ahead, steps);
+          product_rows<uint32_t>(reinterpret_cast<uint32_t*>(left), 1, kWeightRows, rows, pairs, width, to,
+                                 row_sums, width, (count + 1) / 2, mode, {0, 0}, &soon, &also);
         } else {
           const bool few = count <= 8;  // not worth a copy
           if (!few) {
             write_rows(right + j, padded, count, width, panel, width);
           }
           product_rows<float>(left, 1, kWeightRows, rows, few ? right + j : panel, few ? padded : width, to, row_sums,
-                              width, count, mode);
+                              width, count, mode, {0, 0}, &also);
         }
         if (once && !direct) {
           if (past) {
@@ -285,22 +316,42 @@ inline void norm_gradient(const Ensemble& in, const T* row, const float* g, int6
   }
 }
 
-// out[k] = sum over the batch of d[b, k], eight rows at a time.
-template <class From, class T>
-inline void column_sums(const From* d, int64_t rows, int64_t row, int64_t n, T* out) {
-  for (int64_t k = 0; k < n; k += kLanes) {
-    Vf parts[8] = {};
-    int64_t b = 0;
-    for (; b + 8 <= rows; b += 8) {
-      for (int i = 0; i < 8; ++i) {
-        parts[i] += load(d + (b + i) * row + k);
+// N vectors' columns summed over the rows, 64 at a time: each piece of a row is one or more whole lines, and errors grow
+// with the number of such sums only.
+template <int N, class From>
+inline void sum_columns(const From* d, int64_t rows, int64_t row, Vf* total) {
+  for (int64_t b = 0; b < rows;) {
+    Vf part[2][N] = {};
+    const int64_t stop = smaller(rows, b + 64);
+    for (; b + 2 <= stop; b += 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        part[0][i] += load(d + b * row + i * kLanes);
+        part[1][i] += load(d + (b + 1) * row + i * kLanes);
       }
     }
-    for (; b < rows; ++b) {
-      parts[0] += load(d + b * row + k);
+    for (; b < stop; ++b) {
+      for (int i = 0; i < N; ++i) {
+        part[0][i] += load(d + b * row + i * kLanes);
+      }
     }
-    const Vf total = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
-    store_upto(total, out + k, n - k);
+    for (int i = 0; i < N; ++i) {
+      total[i] += part[0][i] + part[1][i];
+    }
+  }
+}
+
+// out[k] = sum over the batch of d[b, k].
+template <class From, class T>
+inline void column_sums(const From* d, int64_t rows, int64_t row, int64_t n, T* out) {
+  constexpr int kMost = 4;
+  for (int64_t k = 0; k < n;) {
+    Vf total[kMost] = {};
+    const int count = n - k > (kMost - 1) * kLanes ? kMost : 1;
+    count == kMost ? sum_columns<kMost>(d + k, rows, row, total) : sum_columns<1>(d + k, rows, row, total);
+    for (int i = 0; i < count; ++i, k += kLanes) {
+      store_upto(total[i], out + k, n - k);
+    }
   }
 }
 
@@ -367,45 +418,42 @@ void backward_sums(const EnsembleBackward& args, GradTask task, int64_t layer, i
     case GradTask::kTapWeight: {
       const T* tap = static_cast<const T*>(in.taps[layer]);
       const Moments* m = reinterpret_cast<const Moments*>(args.moments) + offset;
-      const auto fill = [&](int, int64_t b, int64_t count, W* to) {
-        for (int64_t i = 0; i < count; ++i) {
-          constexpr int64_t kSoon = 12;  // rows; pieces of them, far apart: the hardware does not foresee the next one
-          if (b + i + kSoon < in.batch) {
-            const T* next = tap + (b + i + kSoon) * in.tap_strides[layer] + begin;
-            for (int64_t at = 0; at < rows; at += kLineBytes / static_cast<int64_t>(sizeof(T))) {
-              __builtin_prefetch(next + at, 0, 2);  // into L2: in L1, rows a power of two apart would push one another out
-            }
-          }
-          normalised(tap + (b + i) * in.tap_strides[layer] + begin, rows,
-                     in.normalize ? m[b + i] : Moments{0.0f, 1.0f}, to + i * kWeightRows, round_up(rows, kWide));
+      const auto fill = [&](int, int64_t b, W* to) {
+        constexpr int64_t kSoon = 12;  // rows; pieces of them, far apart: the hardware does not foresee the next one
+        if (b + kSoon < in.batch) {    // into L2: in L1, rows a power of two apart would push one another out
+          ask_rows(tap + (b + kSoon) * in.tap_strides[layer] + begin, 0, rows * static_cast<int64_t>(sizeof(T)), 0, 1);
         }
+        normalised(tap + b * in.tap_strides[layer] + begin, rows, in.normalize ? m[b] : Moments{0.0f, 1.0f}, to,
+                   round_up(rows, kWide));
       };
       const W* d = tap_side<T>(args) + offset * first;
-      weight_gradient<T>(in, 1, fill, &d, rows,
+      const auto later = [&](int64_t b, int64_t count, int64_t calls) {
+        constexpr int64_t kSize = sizeof(T);
+        return Soon(tap + b * in.tap_strides[layer] + begin, in.tap_strides[layer] * kSize, rows * kSize, count, calls);
+      };
+      weight_gradient<T>(in, 1, fill, later, &d, rows,
                          static_cast<T*>(args.tap_weight) + (in.weight_rows[layer] + begin) * in.first, in.first,
                          args.stream, scratch);
       return;
     }
     case GradTask::kViewWeight: {
       const int64_t view_row = padded_width(in.view_width);
-      const auto fill = [&](int, int64_t b, int64_t count, W* to) {
-        write_rows(static_cast<const W*>(args.view_rows) + b * view_row + begin, view_row, count,
-                   round_up(rows, kLanes), to, kWeightRows);
+      const auto fill = [&](int, int64_t b, W* to) {
+        write_rows(static_cast<const W*>(args.view_rows) + b * view_row + begin, 0, 1, round_up(rows, kWide), to, 0);
       };
       const W* d = side(args.d, 0, first);
-      weight_gradient<T>(in, 1, fill, &d, rows,
+      weight_gradient<T>(in, 1, fill, [](int64_t, int64_t, int64_t) { return Soon(); }, &d, rows,
                          static_cast<T*>(args.view_weight) + (begin * in.layers + layer) * in.first,
                          in.layers * in.first, args.stream, scratch);
       return;
     }
     case GradTask::kOutputWeight: {
       const int only = args.active[0] ? 0 : 1, sides = args.active[0] && args.active[1] ? 2 : 1;
-      const auto fill = [&](int i, int64_t b, int64_t count, W* to) {
-        write_rows(side(args.dy, only + i, outputs) + b * outputs + begin, outputs, count, round_up(rows, kLanes), to,
-                   kWeightRows);
+      const auto fill = [&](int i, int64_t b, W* to) {
+        write_rows(side(args.dy, only + i, outputs) + b * outputs + begin, 0, 1, round_up(rows, kWide), to, 0);
       };
       const W* const hidden[2] = {side(args.hidden, only, first), sides == 2 ? side(args.hidden, 1, first) : nullptr};
-      weight_gradient<T>(in, sides, fill, hidden, rows,
+      weight_gradient<T>(in, sides, fill, [](int64_t, int64_t, int64_t) { return Soon(); }, hidden, rows,
                          static_cast<T*>(args.output_weight) + (begin * in.layers + layer) * in.first,
                          in.layers * in.first, args.stream, scratch);
       return;

@@ -77,8 +77,18 @@ void forward_rows(const EnsembleForward& args, int64_t layer, int64_t begin, int
     norm_row(in, static_cast<const T*>(in.taps[layer]) + b * in.tap_strides[layer], width,
              taps + (b - begin) * tap_row, tap_row);
   }
+  // The rows that this thread most likely normalises next come from memory while these multiply.
+  const bool same = end < in.batch, other = !same && layer + 1 < in.layers;
+  const int64_t then = same ? layer : layer + 1, from = same ? end : 0;
+  Soon soon;
+  if (same || other) {
+    constexpr int64_t kSize = sizeof(T);
+    soon = Soon(static_cast<const T*>(in.taps[then]) + from * in.tap_strides[then], in.tap_strides[then] * kSize,
+                in.widths[then] * kSize, smaller(rows, in.batch - from),
+                tile_calls(rows, in.first, width, kSame<W, bf16> ? 2 * kDepth : kDepth));
+  }
   product(taps, tap_row, rows, static_cast<const T*>(in.tap_weight) + in.weight_rows[layer] * in.first, in.first, sums,
-          first, in.first, width, false, in.far, packing);
+          first, in.first, width, false, in.far, packing, &soon);
   if (args.zeroed_view) {
     finish_rows<T>(args, 1, layer, begin, end, sums, hidden, y);
   }

@@ -43,7 +43,7 @@ inline int64_t ensemble_scratch(const Ensemble& in, int64_t rows) {
   const int64_t first = padded_width(in.first), outputs = padded_width(in.outputs);
   const int64_t packing = packing_space(in.first > in.outputs ? in.first : in.outputs);
   const int64_t by_rows = rows * (padded_width(widest) + 2 * first + outputs) + packing;
-  const int64_t by_sums = kWeightRows * first + kDepth * (2 * kWeightRows + kWide) + 2 * outputs;
+  const int64_t by_sums = kWeightRows * first + kDepth * (kWeightRows + kWide) + 2 * outputs;
   return (by_rows > by_sums ? by_rows : by_sums) + 64;
 }
 

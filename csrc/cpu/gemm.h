@@ -34,6 +34,8 @@ constexpr int64_t kLineBytes = 64;
 
 // What is read next, after this product, asked for a few lines at each step of k: spread so thin, the requests never stop
 // the arithmetic. `at` is a number, not a pointer: it may point past the end, which a prefetch may and a pointer may not.
+// Only for weights that come from memory: there the next ones fill the time of few rows, and requests in bursts between
+// tiles (see Soon) cost more than these cost in the tile's loop, which is a tenth of it.
 struct Ahead {
   uintptr_t at;
   int64_t lines;  // per step; 0 where the memory will be in cache anyway
@@ -60,14 +62,40 @@ inline void ask_rows(const void* first, int64_t stride, int64_t bytes, int64_t b
   }
 }
 
+// Rows that the next task or pass reads, asked for a piece at each call: between two tiles, so that the loops within them
+// stay as they are. Spread over `calls`, and no line twice.
+struct Soon {
+  uintptr_t at = 0;
+  int64_t stride = 0, lines = 0, rows = 0;  // bytes from row to row, lines of each, rows left
+  int64_t piece = 0, done = 0;              // lines a call, lines of this row already asked for
+
+  Soon() = default;
+  Soon(const void* first, int64_t row_stride, int64_t row_bytes, int64_t count, int64_t calls)
+      : at(reinterpret_cast<uintptr_t>(first)), stride(row_stride), lines((row_bytes + kLineBytes - 1) / kLineBytes),
+        rows(count), piece(calls > 0 ? (count * lines + calls - 1) / calls : 0) {}
+
+  void ask() {
+    for (int64_t i = 0; i < piece && rows > 0; ++i) {
+      __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(done * kLineBytes)), 0, 2);
+      if (++done == lines) {
+        done = 0;
+        at += static_cast<uintptr_t>(stride);
+        --rows;
+      }
+    }
+  }
+};
+
 // E: float, or uint32_t for a pair of bf16 of neighbouring k (AVX-512 BF16: twice the rate, same fp32 sums).
-template <int R, int N, class E, class C>
+template <int R, int N, bool kAsks, class E, class C>
 inline void tile(const E* a, int64_t row_a, int64_t step_a, const E* b, int64_t row_b, C* c, int64_t row_c,
                  int64_t depth, Out out, Ahead ahead) {
   Vf sum[R][N] = {};
   if constexpr (kIsFloat<E>) {
     for (int64_t k = 0; k < depth; ++k) {
-      ask(ahead, k);
+      if constexpr (kAsks) {
+        ask(ahead, k);
+      }
       Vf right[N];
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) {
@@ -85,7 +113,9 @@ inline void tile(const E* a, int64_t row_a, int64_t step_a, const E* b, int64_t 
   } else {
 #if defined(LEVI_FAST_BF16_DOT)
     for (int64_t k = 0; k < depth; ++k) {
-      ask(ahead, k);
+      if constexpr (kAsks) {
+        ask(ahead, k);
+      }
       __m512i right[N];
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) {
@@ -128,46 +158,57 @@ inline void tile(const E* a, int64_t row_a, int64_t step_a, const E* b, int64_t 
 template <class E, class C = float>
 using TileFn = void (*)(const E*, int64_t, int64_t, const E*, int64_t, C*, int64_t, int64_t, Out, Ahead);
 
-template <class E, int N, int R, class C = float>
+template <class E, int N, int R, bool kAsks, class C = float>
 inline TileFn<E, C> pick_tile(int rows) {
   if constexpr (R == 0) {
     return nullptr;
   } else {
-    return rows == R ? &tile<R, N, E, C> : pick_tile<E, N, R - 1, C>(rows);
+    return rows == R ? &tile<R, N, kAsks, E, C> : pick_tile<E, N, R - 1, kAsks, C>(rows);
   }
 }
 
 // One vector of columns for the last odd one, two elsewhere; few rows take more columns, to keep enough sums in flight.
-template <class E>
+template <class E, bool kAsks>
 inline TileFn<E> tile_for(int rows, int vectors) {
   switch (vectors) {
     case 8:
-      return pick_tile<E, 8, 1>(rows);
+      return pick_tile<E, 8, 1, kAsks>(rows);
     case 4:
-      return pick_tile<E, 4, kRows / 3>(rows);
+      return pick_tile<E, 4, kRows / 3, kAsks>(rows);
     case 2:
-      return pick_tile<E, 2, kRows>(rows);
+      return pick_tile<E, 2, kRows, kAsks>(rows);
     default:
-      return pick_tile<E, 1, kRows>(rows);
+      return pick_tile<E, 1, kRows, kAsks>(rows);
   }
 }
 
 inline int widest(int rows) { return rows == 1 ? 8 : rows <= kRows / 3 ? 4 : 2; }
 
+template <class E>
+inline TileFn<E> tile_for(int rows, int vectors, Ahead ahead) {
+  return ahead.lines > 0 ? tile_for<E, true>(rows, vectors) : tile_for<E, false>(rows, vectors);
+}
+
 // C over columns [0, n), n a multiple of kLanes, B of the tile's own type with rows `row_b` apart. Rows of A are shared
 // out evenly.
 template <class E>
 inline void product_rows(const E* a, int64_t row_a, int64_t step_a, int64_t rows, const E* b, int64_t row_b, float* c,
-                         int64_t row_c, int64_t n, int64_t depth, Out out, Ahead ahead = {0, 0}) {
+                         int64_t row_c, int64_t n, int64_t depth, Out out, Ahead ahead = {0, 0}, Soon* soon = nullptr, Soon* also = nullptr) {
   const int64_t groups = (rows + kRows - 1) / kRows;
   for (int64_t g = 0, m = 0; g < groups; ++g) {
     const int count = static_cast<int>((rows - m + groups - g - 1) / (groups - g));
     int vectors = widest(count);
-    TileFn<E> run = tile_for<E>(count, vectors);
+    TileFn<E> run = tile_for<E>(count, vectors, ahead);
     for (int64_t j = 0; j < n;) {
       while (j + vectors * kLanes > n) {
         vectors /= 2;
-        run = tile_for<E>(count, vectors);
+        run = tile_for<E>(count, vectors, ahead);
+      }
+      if (soon != nullptr) {
+        soon->ask();
+      }
+      if (also != nullptr) {
+        also->ask();
       }
       run(a + m * row_a, row_a, step_a, b + j, row_b, c + m * row_c + j, row_c, depth, out, ahead);
       ahead = after(ahead, depth);
@@ -188,20 +229,33 @@ inline void zero_rows(float* c, int64_t row_c, int64_t rows, int64_t columns) {
 // Rows of B that are packed at once: fewer where they are long, so that the packed ones and the next stay in L2.
 inline int64_t slice_of(int64_t n, int64_t most) { return n <= 256 ? most : most / 2; }
 
+// Floats of packing space that `product` asks for.
+inline int64_t packing_space(int64_t n) { return (kDepth + 1) * round_up(n, kWide); }
+
 // Asks for `bytes` from `next` on over tile calls of `steps` steps of k in all.
 inline Ahead plan(bool far, const void* next, int64_t bytes, int64_t steps) {
   const int64_t lines = far ? (bytes + kLineBytes * steps - 1) / (kLineBytes * steps) : 0;
   return {reinterpret_cast<uintptr_t>(next), smaller(lines, 8)};
 }
 
-// Floats of packing space that `product` asks for.
-inline int64_t packing_space(int64_t n) { return (kDepth + 1) * round_up(n, kWide); }
+// Rows behind these that are no neighbours, which `plan` cannot express.
+template <class T>
+inline Soon rows_apart(bool wanted, const T* rows, int64_t row_b, int64_t n, int64_t count, int64_t calls) {
+  constexpr int64_t kSize = sizeof(T);
+  return wanted ? Soon(rows, row_b * kSize, n * kSize, count, calls) : Soon();
+}
+
+// Tiles that a packed `product` of this size is made of, about.
+inline int64_t tile_calls(int64_t rows, int64_t n, int64_t depth, int64_t most) {
+  const int64_t slice = slice_of(n, most);
+  return (rows + kRows - 1) / kRows * ((round_up(n, kLanes) + kWide - 1) / kWide) * ((depth + slice - 1) / slice);
+}
 
 // C[rows, round_up(n, kLanes)] (+)= A B; the columns past n become zero (or keep what `add` finds there). A's elements
 // lie next to one another along k. With `far`, B comes from memory and its next rows are asked for while these multiply.
 template <class T>
 void product(const float* a, int64_t row_a, int64_t rows, const T* b, int64_t row_b, float* c, int64_t row_c,
-             int64_t n, int64_t depth, bool add, bool far, float* packing) {
+             int64_t n, int64_t depth, bool add, bool far, float* packing, Soon* soon = nullptr) {
   const int64_t padded = round_up(n, kLanes), groups = (rows + kRows - 1) / kRows;
   // Few rows and whole vectors: B is read once, and packing would be one more pass over it. In short slices, so that a
   // row of B is read whole before it leaves L1.
@@ -219,7 +273,7 @@ void product(const float* a, int64_t row_a, int64_t rows, const T* b, int64_t ro
       if (direct) {
         const int64_t wide = widest(static_cast<int>(rows)) * kLanes, tiles = (padded + wide - 1) / wide;
         product_rows(a + start, row_a, 1, rows, from, row_b, c, row_c, n, count, out,
-                     plan(far, from + count * row_b, bytes, tiles * count));
+                     plan(far, from + count * row_b, bytes, tiles * count), soon);
         continue;
       }
     }
@@ -233,15 +287,13 @@ void product(const float* a, int64_t row_a, int64_t rows, const T* b, int64_t ro
       }
     }
     const int64_t panels = (padded + kWide - 1) / kWide;
-    const bool apart = far && row_b != n;
+    const bool apart = row_b != n;
     Ahead ahead = plan(far && !apart, from + count * row_b, bytes, panels * groups * count);
+    Soon weights = rows_apart(far && apart, from + count * row_b, row_b, n, next, panels * groups);
     for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, groups * count)) {
-      const int64_t width = smaller(kWide, padded - j), panel = j / kWide;
-      if (apart) {
-        ask_rows(from + count * row_b, row_b * static_cast<int64_t>(sizeof(T)), n * static_cast<int64_t>(sizeof(T)),
-                 next * panel / panels, next * (panel + 1) / panels);
-      }
-      product_rows(a + start, row_a, 1, rows, packing + j * (count + 1), width, c + j, row_c, width, count, out, ahead);
+      const int64_t width = smaller(kWide, padded - j);
+      product_rows(a + start, row_a, 1, rows, packing + j * (count + 1), width, c + j, row_c, width, count, out, ahead,
+                   &weights, soon);
     }
   }
 }

@@ -60,17 +60,6 @@ inline void pack_pairs(const bf16* b, int64_t row_b, int64_t n, int64_t count, u
   }
 }
 
-// The same rows side by side, not in panels: what the transposed left operand of a weight's gradient is. Rows of both
-// are `row_a` long, a multiple of kWide.
-inline void pack_pairs_flat(const bf16* a, int64_t row_a, int64_t n, int64_t count, uint32_t* to) {
-  for (int64_t k = 0; k < (count + 1) / 2; ++k) {
-    const bf16* even = a + 2 * k * row_a;
-    for (int64_t j = 0; j < n; j += kWide) {
-      pair_rows(even + j, 2 * k + 1 < count ? even + row_a + j : nullptr, row_a - j, to + k * row_a + j, kWide);
-    }
-  }
-}
-
 // R rows of A, G * kWide columns at a time, B made into pairs in registers: for so few rows, packing would cost more
 // than multiplying.
 template <int R, int G>
@@ -110,7 +99,7 @@ inline void few_rows(const uint32_t* a, int64_t row_a, const bf16* b, int64_t ro
 
 // As gemm.h's `product`. A's rows must be followed by a zero where `depth` is odd.
 inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, int64_t row_b, float* c, int64_t row_c,
-                    int64_t n, int64_t depth, bool add, bool far, float* packing) {
+                    int64_t n, int64_t depth, bool add, bool far, float* packing, Soon* soon = nullptr) {
   const int64_t padded = round_up(n, kLanes), slice = slice_of(n, 2 * kDepth);
   if (depth <= 0 && !add) {
     zero_rows(c, row_c, rows, padded);
@@ -129,17 +118,15 @@ inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, i
       continue;
     }
     pack_pairs(from, row_b, n, count, panels);
-    const int64_t panel_count = (padded + kWide - 1) / kWide, steps = (rows + kRows - 1) / kRows * pairs;
+    const int64_t tiles = (rows + kRows - 1) / kRows * ((padded + kWide - 1) / kWide);
     const int64_t next = smaller(slice, depth - start - count);
-    const bool apart = far && row_b != n;
-    Ahead ahead = plan(far && !apart, from + count * row_b, next * n * 2, panel_count * steps);
-    for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, steps)) {
-      const int64_t width = smaller(kWide, padded - j), panel = j / kWide;
-      if (apart) {
-        ask_rows(from + count * row_b, row_b * 2, n * 2, next * panel / panel_count, next * (panel + 1) / panel_count);
-      }
+    const bool apart = row_b != n;
+    Ahead ahead = plan(far && !apart, from + count * row_b, next * n * 2, tiles * pairs);
+    Soon weights = rows_apart(far && apart, from + count * row_b, row_b, n, next, tiles);
+    for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, (rows + kRows - 1) / kRows * pairs)) {
+      const int64_t width = smaller(kWide, padded - j);
       product_rows<uint32_t>(x, row_a / 2, 1, rows, panels + j * (pairs + 1), width, c + j, row_c, width, pairs,
-                             more ? Out::kAdd : Out::kSet, ahead);
+                             more ? Out::kAdd : Out::kSet, ahead, &weights, soon);
     }
   }
 }
@@ -150,8 +137,8 @@ inline void product_to_rows(const uint32_t* a, int64_t row_a, int64_t step_a, in
                             int64_t pairs, bf16* c, int64_t row_c, int64_t n, Out out) {
   for (int64_t j = 0; j < n; j += kWide) {
     const int64_t width = smaller(kWide, n - j);
-    const auto run = width == kWide ? pick_tile<uint32_t, 2, kRows, bf16>(static_cast<int>(rows))
-                                    : pick_tile<uint32_t, 1, kRows, bf16>(static_cast<int>(rows));
+    const auto run = width == kWide ? pick_tile<uint32_t, 2, kRows, false, bf16>(static_cast<int>(rows))
+                                    : pick_tile<uint32_t, 1, kRows, false, bf16>(static_cast<int>(rows));
     run(a, row_a, step_a, panels + j * (pairs + 1), width, c + j, row_c, pairs, out, {0, 0});
   }
 }
