@@ -220,11 +220,14 @@ bool whole_weight_rows(const Ensemble& in, Fill fill, const Work<T>* d, int64_t 
   }
 }
 
+// For weight_gradient, where what it reads is in cache.
+inline Soon nothing_later(int64_t, int64_t, int64_t) { return Soon(); }
+
 // `rows` rows of sum over `sides` of A^T d. fill is as fill_left takes it; later(first row of the batch, rows, calls) says
 // what fill will read; d[side] is [B, padded K]. With `stream`, a result that needs one pass is written past the cache.
 template <class T, class Fill, class Later>
-void weight_gradient(const Ensemble& in, int sides, Fill fill, Later later, const Work<T>* const* d, int64_t rows, T* out,
-                     int64_t row_out, bool stream, float* scratch) {
+void weight_gradient(const Ensemble& in, int sides, Fill fill, Later later, const Work<T>* const* d, int64_t rows,
+                     T* out, int64_t row_out, bool stream, float* scratch) {
   using W = Work<T>;
   constexpr bool kAsPairs = kSame<W, bf16>;
   constexpr int64_t kChunk = kAsPairs ? 2 * kDepth : kDepth;
@@ -442,7 +445,7 @@ void backward_sums(const EnsembleBackward& args, GradTask task, int64_t layer, i
         write_rows(static_cast<const W*>(args.view_rows) + b * view_row + begin, 0, 1, round_up(rows, kWide), to, 0);
       };
       const W* d = side(args.d, 0, first);
-      weight_gradient<T>(in, 1, fill, [](int64_t, int64_t, int64_t) { return Soon(); }, &d, rows,
+      weight_gradient<T>(in, 1, fill, nothing_later, &d, rows,
                          static_cast<T*>(args.view_weight) + (begin * in.layers + layer) * in.first,
                          in.layers * in.first, args.stream, scratch);
       return;
@@ -453,7 +456,7 @@ void backward_sums(const EnsembleBackward& args, GradTask task, int64_t layer, i
         write_rows(side(args.dy, only + i, outputs) + b * outputs + begin, 0, 1, round_up(rows, kWide), to, 0);
       };
       const W* const hidden[2] = {side(args.hidden, only, first), sides == 2 ? side(args.hidden, 1, first) : nullptr};
-      weight_gradient<T>(in, sides, fill, [](int64_t, int64_t, int64_t) { return Soon(); }, hidden, rows,
+      weight_gradient<T>(in, sides, fill, nothing_later, hidden, rows,
                          static_cast<T*>(args.output_weight) + (begin * in.layers + layer) * in.first,
                          in.layers * in.first, args.stream, scratch);
       return;

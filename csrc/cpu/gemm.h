@@ -34,8 +34,8 @@ constexpr int64_t kLineBytes = 64;
 
 // What is read next, after this product, asked for a few lines at each step of k: spread so thin, the requests never stop
 // the arithmetic. `at` is a number, not a pointer: it may point past the end, which a prefetch may and a pointer may not.
-// Only for weights that come from memory: there the next ones fill the time of few rows, and requests in bursts between
-// tiles (see Soon) cost more than these cost in the tile's loop, which is a tenth of it.
+// Only for weights that come from memory: they fill the memory's time, and bursts between tiles (Soon) would be late. In a
+// tile's loop this costs a twentieth of its time, so tiles are compiled without it too.
 struct Ahead {
   uintptr_t at;
   int64_t lines;  // per step; 0 where the memory will be in cache anyway
@@ -85,6 +85,15 @@ struct Soon {
     }
   }
 };
+
+inline void ask(Soon* soon, Soon* also) {
+  if (soon != nullptr) {
+    soon->ask();
+  }
+  if (also != nullptr) {
+    also->ask();
+  }
+}
 
 // E: float, or uint32_t for a pair of bf16 of neighbouring k (AVX-512 BF16: twice the rate, same fp32 sums).
 template <int R, int N, bool kAsks, class E, class C>
@@ -193,7 +202,8 @@ inline TileFn<E> tile_for(int rows, int vectors, Ahead ahead) {
 // out evenly.
 template <class E>
 inline void product_rows(const E* a, int64_t row_a, int64_t step_a, int64_t rows, const E* b, int64_t row_b, float* c,
-                         int64_t row_c, int64_t n, int64_t depth, Out out, Ahead ahead = {0, 0}, Soon* soon = nullptr, Soon* also = nullptr) {
+                         int64_t row_c, int64_t n, int64_t depth, Out out, Ahead ahead = {0, 0},
+                         Soon* soon = nullptr, Soon* also = nullptr) {
   const int64_t groups = (rows + kRows - 1) / kRows;
   for (int64_t g = 0, m = 0; g < groups; ++g) {
     const int count = static_cast<int>((rows - m + groups - g - 1) / (groups - g));
@@ -204,12 +214,7 @@ inline void product_rows(const E* a, int64_t row_a, int64_t step_a, int64_t rows
         vectors /= 2;
         run = tile_for<E>(count, vectors, ahead);
       }
-      if (soon != nullptr) {
-        soon->ask();
-      }
-      if (also != nullptr) {
-        also->ask();
-      }
+      ask(soon, also);
       run(a + m * row_a, row_a, step_a, b + j, row_b, c + m * row_c + j, row_c, depth, out, ahead);
       ahead = after(ahead, depth);
       j += vectors * kLanes;

@@ -64,12 +64,14 @@ inline void pack_pairs(const bf16* b, int64_t row_b, int64_t n, int64_t count, u
 // than multiplying.
 template <int R, int G>
 inline void few_rows(const uint32_t* a, int64_t row_a, const bf16* b, int64_t row_b, float* c, int64_t row_c,
-                     int64_t n, int64_t depth, bool add) {
+                     int64_t n, int64_t depth, bool add, Ahead ahead, Soon* soon, Soon* also) {
 #if defined(LEVI_FAST_BF16_DOT)
   const __m512i low = _mm512_load_si512(&kLow), high = _mm512_load_si512(&kHigh);
-  for (int64_t j = 0; j < n; j += G * kWide) {
+  for (int64_t j = 0; j < n; j += G * kWide, ahead = after(ahead, (depth + 1) / 2)) {
+    ask(soon, also);
     __m512 sum[R][2 * G] = {};
     for (int64_t k = 0; k < depth; k += 2) {
+      ask(ahead, k / 2);
       const bf16* even = b + k * row_b + j;
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
@@ -77,7 +79,7 @@ inline void few_rows(const uint32_t* a, int64_t row_a, const bf16* b, int64_t ro
         const __m512i y =
             k + 1 < depth ? load_columns(even + row_b + g * kWide, n - j - g * kWide) : _mm512_setzero_si512();
         const __m512i first = _mm512_permutex2var_epi16(x, low, y), second = _mm512_permutex2var_epi16(x, high, y);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int i = 0; i < R; ++i) {
           const __m512i left = _mm512_set1_epi32(static_cast<int>(a[i * row_a + k / 2]));
           sum[i][2 * g] = _mm512_dpbf16_ps(sum[i][2 * g], (__m512bh)left, (__m512bh)first);
@@ -85,17 +87,39 @@ inline void few_rows(const uint32_t* a, int64_t row_a, const bf16* b, int64_t ro
         }
       }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      for (int g = 0; g < 2 * G && j + g * kLanes < n; ++g) {
+#pragma GCC unroll 8
+      for (int g = 0; g < 2 * G; ++g) {
+        if (j + g * kLanes >= n) {
+          break;
+        }
         float* to = c + i * row_c + j + g * kLanes;
         store(add ? load(to) + (Vf)sum[i][g] : (Vf)sum[i][g], to);
       }
     }
   }
 #else
-  (void)a, (void)row_a, (void)b, (void)row_b, (void)c, (void)row_c, (void)n, (void)depth, (void)add;
+  (void)a, (void)row_a, (void)b, (void)row_b, (void)c, (void)row_c, (void)n, (void)depth, (void)add, (void)ahead;
+  (void)soon, (void)also;
 #endif
 }
+
+using FewFn = void (*)(const uint32_t*, int64_t, const bf16*, int64_t, float*, int64_t, int64_t, int64_t, bool, Ahead,
+                       Soon*, Soon*);
+
+template <int R>
+inline FewFn pick_few(int64_t rows) {
+  if constexpr (R == 0) {
+    return nullptr;
+  } else {
+    return rows == R ? &few_rows<R, R <= 2 ? 4 : R <= 6 ? 2 : 1> : pick_few<R - 1>(rows);
+  }
+}
+
+inline int64_t few_columns(int64_t rows) { return (rows <= 2 ? 4 : rows <= 6 ? 2 : 1) * kWide; }
+
+constexpr int64_t kFewRows = 24;  // two groups: packing is two loads and stores of what each of them permutes
 
 // As gemm.h's `product`. A's rows must be followed by a zero where `depth` is odd.
 inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, int64_t row_b, float* c, int64_t row_c,
@@ -111,16 +135,23 @@ inline void product(const bf16* a, int64_t row_a, int64_t rows, const bf16* b, i
     const bf16* from = b + start * row_b;
     const uint32_t* x = left + start / 2;
     const bool more = add || start > 0;
-    if (rows <= 4) {
-      using Few = void (*)(const uint32_t*, int64_t, const bf16*, int64_t, float*, int64_t, int64_t, int64_t, bool);
-      static constexpr Few kFew[] = {&few_rows<1, 4>, &few_rows<2, 4>, &few_rows<3, 2>, &few_rows<4, 2>};
-      kFew[rows - 1](x, row_a / 2, from, row_b, c, row_c, n, count, more);
+    const int64_t next = smaller(slice, depth - start - count);
+    const bool apart = row_b != n;
+    if (rows <= kFewRows) {
+      const int64_t groups = (rows + kRows - 1) / kRows, wide = few_columns((rows + groups - 1) / groups);
+      const int64_t strips = (padded + wide - 1) / wide;
+      Ahead ahead = plan(far && !apart, from + count * row_b, next * n * 2, strips * groups * pairs);
+      Soon weights = rows_apart(far && apart, from + count * row_b, row_b, n, next, strips * groups);
+      for (int64_t g = 0, m = 0; g < groups; ++g, ahead = after(ahead, strips * pairs)) {
+        const int64_t these = (rows - m + groups - g - 1) / (groups - g);
+        pick_few<kRows>(these)(x + m * (row_a / 2), row_a / 2, from, row_b, c + m * row_c, row_c, n, count, more, ahead,
+                               &weights, soon);
+        m += these;
+      }
       continue;
     }
     pack_pairs(from, row_b, n, count, panels);
     const int64_t tiles = (rows + kRows - 1) / kRows * ((padded + kWide - 1) / kWide);
-    const int64_t next = smaller(slice, depth - start - count);
-    const bool apart = row_b != n;
     Ahead ahead = plan(far && !apart, from + count * row_b, next * n * 2, tiles * pairs);
     Soon weights = rows_apart(far && apart, from + count * row_b, row_b, n, next, tiles);
     for (int64_t j = 0; j < padded; j += kWide, ahead = after(ahead, (rows + kRows - 1) / kRows * pairs)) {
