@@ -2,13 +2,14 @@
 
     python benchmarks/bench_heads.py training movielens --data DIR    # training alone, in this process
     python benchmarks/bench_heads.py stacking                         # the ensembles' steps stacked, for comparison
-    python benchmarks/bench_heads.py command movielens --data DIR --cache DIR
+    python benchmarks/bench_heads.py command movielens --data DIR --cache DIR [--by-itself]
                                                     # the command line: --sweep beside separate levi-fast train
 
 Writes its part of benchmarks/results/many_heads_cpu.json. ``training`` takes random taps (their values make no
 difference to the time), trains every configuration by itself with all threads, then all in one pass, and compares
 weights and figures, once with all threads for the separate runs and once with one. ``command`` times whole commands,
-from start to the written folder; of the separate ones a few, scaled to sixteen.
+from start to the written folder; of the separate ones a few, scaled to sixteen. ``--by-itself`` is LEVI without the
+standalone task model and the cross-fitting that the command line adds.
 """
 
 from __future__ import annotations
@@ -245,12 +246,14 @@ def least_seconds(head: Head) -> dict[str, float]:
 
 
 def command(
-    task_name: str, data: Path, cache: Path, backbone_dtype: str | None, separate_runs: int
+    task_name: str, data: Path, cache: Path, backbone_dtype: str | None, separate_runs: int, by_itself: bool
 ) -> dict[str, Any]:
     """Whole commands."""
     program = [sys.executable, "-m", "levi_fast", "train", "--cache", str(cache)]
     if backbone_dtype is not None:
         program += ["--backbone-dtype", backbone_dtype]
+    if by_itself:
+        program += ["--no-standalone-view", "--cross-fit", "0"]
     if task_name == "movielens":
         program += ["--task-name", "movielens", "--data", str(data)]
     else:
@@ -298,6 +301,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="command: the activation cache of the data")
     parser.add_argument("--backbone-dtype", help="command: that the cache was built with; it is not loaded again")
     parser.add_argument("--epochs", type=int, default=2, help="training: of every configuration")
+    parser.add_argument("--by-itself", action="store_true", help="command: LEVI alone")
     parser.add_argument("--separate-runs", type=int, default=3, help="command: how many of the sixteen are timed")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -313,10 +317,16 @@ def main() -> None:
         measured = training(arguments.task, arguments.data, arguments.epochs)
     else:
         measured = command(
-            arguments.task, arguments.data, arguments.cache, arguments.backbone_dtype, arguments.separate_runs
+            arguments.task,
+            arguments.data,
+            arguments.cache,
+            arguments.backbone_dtype,
+            arguments.separate_runs,
+            arguments.by_itself,
         )
     document = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    document[" ".join(filter(None, (arguments.part, arguments.task)))] = {"machine": facts(), "measured": measured}
+    words = (arguments.part, arguments.task, "by itself" if arguments.by_itself else None)
+    document[" ".join(filter(None, words))] = {"machine": facts(), "measured": measured}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(arguments.output, json.dumps(document, indent=1) + "\n")
     print(json.dumps(measured, indent=1))
