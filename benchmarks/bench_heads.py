@@ -275,8 +275,8 @@ def command(
         separate = []
         for place in range(separate_runs):
             varied = ["--learning-rate", str(RATES[place % 2])]
-            # of movielens the seed draws the split as well, and another split is not in the cache; elsewhere it decides
-            # whether folds are trained, so seeds count alike
+            # of movielens the seed draws the split as well, and another split is not in the cache; elsewhere it
+            # decides whether folds are trained, so all seeds count
             if task_name != "movielens":
                 varied += ["--seed", str(SEEDS[place // 2 % len(SEEDS)])]
             separate.append(seconds_of(*varied, "--output", str(folder / str(place))))
