@@ -3,7 +3,8 @@
 A few hundred validation rows tell two predictions apart only where they differ by several points. So before a
 prediction leans on the task model, which is what does not hold where out-of-distribution rows differ most, such a
 choice is asked of the training rows too: their folds take turns in being held out, a model is trained on the others,
-and predicts them. The training rows are an order of magnitude more; what they decide is the blend alone.
+and predicts them, as in stacking (Wolpert 1992, Stacked Generalization). The training rows are an order of magnitude
+more; what they decide is the blend alone.
 """
 
 from __future__ import annotations
