@@ -72,8 +72,10 @@ def train(request: TrainRequest, console: Console) -> dict[str, Any]:
     rows = [(f"ID ({splits.id_split})", _id_rows(splits), result.id)]
     rows += [(f"OOD {name}", len(splits.ood[name]), scores) for name, scores in result.ood.items()]
     blend = f", blend {result.fit.weights}" if result.fit.blend or "levi" in result.method else ""
+    held_out = " and held-out training rows" if result.fit.blend_rows > len(splits.validation) else ""
     title = (
         f"{request.method}, epoch {result.fit.best_epoch} of {request.options.epochs}{blend}, chosen on ID validation"
+        f"{held_out}"
     )
     console.table(split_table(title, rows))
     if splits.test is None:
