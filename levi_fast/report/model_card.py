@@ -34,7 +34,7 @@ _TEMPLATE = """---
 ## Results
 
 The epoch ({{ document.best_epoch }} of {{ document.epochs }}) and the blend ({{ blend }}) were chosen on
-in-distribution validation rows alone.
+in-distribution validation rows{{ chosen_by }}.
 
 {{ results }}
 
@@ -97,6 +97,11 @@ def model_card(document: Mapping[str, Any], config: LeviConfig, reads: Sequence[
         document=document,
         versions=document["versions"],
         version_list=", ".join(f"{name} {version}" for name, version in document["versions"].items()),
+        chosen_by=(
+            ", the blend on held-out training rows too"
+            if document.get("blend_rows", 0) > document["sizes"]["validation"]
+            else " alone"
+        ),
         title=f"{METHOD_TITLES[document['method']]}, on {backbone}",
         description=_description(document["method"], config),
         carried=" and the backbone" if include_backbone else ", not the backbone's weights",

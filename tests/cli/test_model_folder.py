@@ -37,6 +37,8 @@ def test_model_card_and_pipeline(
         and f"{100 * metrics['ood']['new']['accuracy']:.1f} %" in card
     )
     assert "\n# LEVI, on ../backbone\n\nA frozen backbone, read at several depths" in card
+    by_more = metrics["blend_rows"] > metrics["sizes"]["validation"]
+    assert ("rows, the blend on held-out training rows too." if by_more else "validation rows alone.") in card
     assert "- training rows: 36\n" in card and "- columns read: text\n" in card
     for file in folder.iterdir():  # whoever gets the folder learns nothing about the machine it was made on
         assert str(tmp_path).encode() not in file.read_bytes() and tiny_bert_dir.encode() not in file.read_bytes(), (
