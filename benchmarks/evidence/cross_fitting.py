@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,7 +47,7 @@ CHECKED = "both, where validation leans on the task model"
 RULES: dict[str, Rule] = {
     "validation rows": lambda validation, both: validation,
     "validation and held-out rows": lambda validation, both: both,
-    CHECKED: lambda validation, both: validation if validation == Blend(1.0, 0.0) else both,
+    CHECKED: lambda validation, both: both if validation.leans_on_view else validation,
     "y(tap, view)": lambda *_: Blend(),
     "y(tap, 0)": lambda *_: Blend(1.0),
     "standalone task model": lambda *_: Blend(0.0, 1.0),
@@ -67,8 +66,7 @@ def whole() -> Iterator[list[Any]]:
         model.eval()
         return self.best
 
-    always = partial(patch.object, fitting, "is_asked_for")
-    with patch.object(BestEpoch, "restore", restore), always(lambda *_: True):
+    with patch.object(BestEpoch, "restore", restore), patch.object(fitting, "is_asked_for", lambda *_: True):
         yield kept
 
 
@@ -94,9 +92,9 @@ def run(group: Group, rate: float) -> dict[str, Ways]:
 def chosen(found: dict[str, Ways], kind: str) -> tuple[Blend, Blend]:
     """By the validation rows, and by them and the held-out ones."""
     validation, held = found["validation"], found[HELD_OUT]
-    both = Logits(*np.concatenate([validation.logits, held.logits], axis=1))
-    labels = np.concatenate([validation.labels, held.labels])
-    return choose_blend(Logits(*validation.logits), validation.labels, kind)[0], choose_blend(both, labels, kind)[0]
+    own = Logits(*validation.logits)
+    both, labels = own.followed_by(Logits(*held.logits)), np.concatenate([validation.labels, held.labels])
+    return choose_blend(own, validation.labels, kind)[0], choose_blend(both, labels, kind)[0]
 
 
 def validation_key(found: dict[str, Ways], kind: str, weights: Blend) -> tuple[float, float]:
@@ -118,8 +116,9 @@ def summarise(runs: dict[int, dict[float, dict[str, Ways]]], kind: str) -> dict[
     """Every rule's figures, seed by seed and on average; each rule takes the learning rate that is best by it."""
     rules: dict[str, Any] = {name: [] for name in RULES}
     for rates in runs.values():
+        choices = {rate: chosen(found, kind) for rate, found in rates.items()}
         for name, rule in RULES.items():
-            weights = {rate: rule(*chosen(found, kind)) for rate, found in rates.items()}
+            weights = {rate: rule(*choice) for rate, choice in choices.items()}
             rate = max(rates, key=lambda rate: validation_key(rates[rate], kind, weights[rate]))
             rules[name].append({"learning_rate": rate, **scored(rates[rate], kind, weights[rate])})
     some = next(iter(next(iter(runs.values())).values()))

@@ -162,9 +162,7 @@ class BestEpoch:
         """
         if "both" not in self.validation:
             return None
-        parts = dict(self.validation)
-        labels = parts.pop("labels")
-        logits = Logits(**parts)
+        logits, labels = self._kept_predictions()
         if held_out is not None:
             logits, labels = logits.followed_by(held_out[0]), np.concatenate([labels, held_out[1]])
         return choose_blend(logits, labels, self.problem_type)[0]
@@ -188,10 +186,9 @@ class BestEpoch:
             raise DivergedError("training diverged: no epoch gave finite predictions; lower --learning-rate")
         weights = self.choose(held_out)
         if weights is not None:
-            parts = dict(self.validation)
-            labels = parts.pop("labels")
+            logits, labels = self._kept_predictions()
             self.best.blend, self.best.view_blend = weights
-            self.best.validation = compute_metrics(Logits(**parts).blended(weights), labels, self.problem_type)
+            self.best.validation = compute_metrics(logits.blended(weights), labels, self.problem_type)
             self.best.blend_rows = len(labels) + (0 if held_out is None else len(held_out[1]))
             self.best.view_epoch = None if self.best_view is None else self.best_view[0]
         if model.standalone is not None and not self.best.view_blend:
@@ -202,6 +199,10 @@ class BestEpoch:
         model.eval()
         self.best.history, self.best.seconds = self.history, seconds
         return self.best
+
+    def _kept_predictions(self) -> tuple[Logits, np.ndarray]:
+        """The validation predictions of the kept epochs, and the labels."""
+        return Logits(**{k: v for k, v in self.validation.items() if k != "labels"}), self.validation["labels"]
 
     def _is_better(self, scores: dict[str, float], others: dict[str, float] | None) -> bool:
         if others is None:

@@ -27,6 +27,11 @@ class Blend(NamedTuple):
     blend: float = 0.0
     view_blend: float = 0.0
 
+    @property
+    def leans_on_view(self) -> bool:
+        """Whether anything but y(tap, 0) has a weight."""
+        return self.blend < 1.0 or self.view_blend > 0.0
+
     def __str__(self) -> str:
         return f"{self.blend:g}" + (f", of the view alone {self.view_blend:.2g}" if self.view_blend else "")
 

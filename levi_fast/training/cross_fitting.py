@@ -35,9 +35,12 @@ def is_asked_for(weights: Blend | None, train: EncodedDataset, validation: Encod
         train, validation: encoded rows.
         folds: how many parts of the training rows; 0 for none.
     """
-    leans_on_view = weights is not None and (weights.blend < 1.0 or weights.view_blend > 0.0)
-    few = len(validation) < ENOUGH_VALIDATION_ROWS
-    return leans_on_view and few and 0 < folds <= len(train) <= MOST_TRAINING_ROWS
+    return weights is not None and weights.leans_on_view and sizes_allow(train, validation, folds)
+
+
+def sizes_allow(train: EncodedDataset, validation: EncodedDataset, folds: int) -> bool:
+    """Whether cross-fitting may be asked for at all, whatever the blend; arguments as for :func:`is_asked_for`."""
+    return len(validation) < ENOUGH_VALIDATION_ROWS and 0 < folds <= len(train) <= MOST_TRAINING_ROWS
 
 
 def cross_fit(

@@ -32,7 +32,7 @@ from levi_fast.modeling import LeviModel
 from levi_fast.training.best_epoch import BestEpoch, EpochProgress, FitResult
 from levi_fast.training.blending import Logits
 from levi_fast.training.checkpoints import CheckpointOptions, Checkpoints
-from levi_fast.training.cross_fitting import cross_fit, is_asked_for
+from levi_fast.training.cross_fitting import cross_fit, is_asked_for, sizes_allow
 from levi_fast.training.lean import ClippedApart, make_optimizer, train_lean
 from levi_fast.training.prediction import EVALUATION_BATCH_SIZE
 from levi_fast.training.prefetch import resident
@@ -162,9 +162,9 @@ def fit(
     model.config.blend = model.config.view_blend = 0.0  # logits are those with the view; scoring does the blending
     has_standalone = model.standalone is not None
     best = BestEpoch(str(model.config.problem_type), options.epochs, options.blend, on_epoch, has_standalone)
-    initial = (
-        {name: value.detach().clone() for name, value in model.state_dict().items()} if options.cross_fit else {}
-    )
+    several = _processes() > 1 and not alone
+    can_cross_fit = not (runs_backbone or several) and sizes_allow(train, validation, options.cross_fit)
+    initial = {name: value.detach().clone() for name, value in model.state_dict().items()} if can_cross_fit else {}
     # Trainer walks over all modules several times a step; with the taps attached, the backbone's need not be there.
     if not runs_backbone:
         model.backbone = None
@@ -175,7 +175,6 @@ def fit(
             num_steps = options.epochs * -(-len(train) // rows_per_step)
             # A backbone that is trained whole has weights behind its last tap (BERT's pooler), which get no gradient.
             arguments = _arguments(folder, options, num_steps, model.config.backbone_training == "full")
-            several = _processes() > 1 and not alone
             lean_serves = checkpoints is not None or not (runs_backbone or several)
             if loop == "graph" and (runs_backbone or several):
                 reason = "the backbone runs in every step" if runs_backbone else "several processes train together"
@@ -191,7 +190,6 @@ def fit(
                 else:
                     train_with_trainer(model, train, validation, arguments, best, backbone_rate)
         held_out = None
-        can_cross_fit = best.best is not None and not (runs_backbone or several)
         if can_cross_fit and is_asked_for(best.choose(), train, validation, options.cross_fit):
             on_note(
                 f"{len(validation):,} validation rows let the blend lean on the task model; now {options.cross_fit} "
