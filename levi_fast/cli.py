@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,6 +51,7 @@ from levi_fast.cli_options import (
 from levi_fast.cli_select import select_taps
 from levi_fast.errors import BackboneMismatchError, DataError
 from levi_fast.ranks import end_rank
+from levi_fast.startup import debugging, quiet_imports
 
 app = typer.Typer(
     name="levi-fast",
@@ -266,7 +265,11 @@ def train(
     from levi_fast.training.output import require_new_folder
 
     require_new_folder(output)
-    prepare_libraries(num_threads)
+    if sweep is not None:
+        from levi_fast.training.workers import start_server_early
+
+        start_server_early(device)
+    prepare_libraries(num_threads, "levi_fast.training.commands", "levi_fast.training.sweep_command")
     fields = data_fields(
         train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
         numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,
@@ -367,7 +370,7 @@ def evaluate(
     num_threads: ThreadsOption = None,
 ) -> None:
     """Run a saved model on a file."""
-    prepare_libraries(num_threads)
+    prepare_libraries(num_threads, "levi_fast.training.evaluation")
     from levi_fast.report.console import Console
     from levi_fast.training.evaluation import evaluate as run
 
@@ -393,7 +396,7 @@ def demo(
     num_threads: ThreadsOption = None,
 ) -> None:
     """Train LEVI and its baselines on generated (synthetic) reviews with real MiniLM weights; needs no network."""
-    prepare_libraries(num_threads)
+    prepare_libraries(num_threads, "levi_fast.training.demo")
     from levi_fast.report.console import Console
     from levi_fast.training.demo import demo as run
 
@@ -410,10 +413,6 @@ def env() -> None:
     rich.print(render(environment_report()))
 
 
-# torchao, which transformers imports where it is installed, warns of its own GPU parts and of a change in torch
-_ABOUT_THEMSELVES = ("torchao", "torch.utils._pytree")
-
-
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     if category is UserWarning:  # what this package says; deprecations inside libraries are not for the user
         print(f"warning: {message}", file=sys.stderr)
@@ -424,11 +423,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ``LEVI_FAST_DEBUG=1`` shows the traceback of an error and all warnings.
     """
-    debug = os.environ.get("LEVI_FAST_DEBUG", "") not in ("", "0")
+    debug = debugging()
     if not debug:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
-        for name in _ABOUT_THEMSELVES:
-            logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
     try:
         app(args=None if arguments is None else list(arguments), prog_name="levi-fast")
     except SystemExit as end:

@@ -134,7 +134,7 @@ def build(
 
     Under torchrun the processes share the work: torchrun --nproc-per-node N -m levi_fast cache build ...
     """
-    prepare_libraries(num_threads)
+    prepare_libraries(num_threads, "levi_fast.training.cache_commands")
     from levi_fast.report.console import Console
     from levi_fast.training.cache_commands import build as run
 
@@ -185,7 +185,7 @@ def estimate(
     num_threads: ThreadsOption = None,
 ) -> None:
     """Say how large a cache would be and how long it would take, from a few timed batches; nothing is written."""
-    prepare_libraries(num_threads)
+    prepare_libraries(num_threads, "levi_fast.training.cache_commands")
     from levi_fast.report.console import Console
     from levi_fast.training.cache_commands import estimate as run
 

@@ -99,7 +99,7 @@ def compare(
     num_threads: ThreadsOption = None,
 ) -> None:
     """Compare methods over seeds and data: means, paired tests, calibration, cost, and one HTML page."""
-    prepare_libraries(num_threads)
+    prepare_libraries(num_threads, "levi_fast.training.comparison")
     from levi_fast.report.console import Console
     from levi_fast.training.comparison import compare as run
     from levi_fast.training.comparison_file import (

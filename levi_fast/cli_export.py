@@ -52,7 +52,7 @@ def export(
     num_threads: ThreadsOption = None,
 ) -> None:
     """Export a saved model for serving without levi_fast."""
-    prepare_libraries(num_threads)
+    prepare_libraries(num_threads, "levi_fast.training.export_command")
     from levi_fast.report.console import Console
     from levi_fast.training.export_command import export as run
 

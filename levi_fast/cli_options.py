@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from levi_fast.errors import DataError
+from levi_fast.startup import importing
 
 DATA = "Data"
 MODEL = "Model"
@@ -272,10 +274,18 @@ def data_fields(
     }
 
 
-def prepare_libraries(num_threads: int | None) -> None:
-    """Quiet the libraries, whose notices are about their own doings, and set the number of threads."""
-    import torch
-    from transformers.utils import logging
+def prepare_libraries(num_threads: int | None, *modules: str) -> None:
+    """Import what a command needs, quiet the libraries, whose notices are about their own doings, set the threads.
+
+    Args:
+        modules: the command's own; imported here, the garbage collector stays out of it.
+    """
+    with importing():
+        import torch
+        from transformers.utils import logging
+
+        for module in modules:
+            importlib.import_module(module)
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -85,7 +85,7 @@ def select_taps(
     num_threads: ThreadsOption = None,
 ) -> None:
     """Score the backbone's layers on the training data, and say which ones each selector would tap."""
-    prepare_libraries(num_threads)
+    prepare_libraries(num_threads, "levi_fast.training.select_command")
     from levi_fast.report.console import Console
     from levi_fast.training.fit import TrainingOptions
     from levi_fast.training.request import TrainRequest

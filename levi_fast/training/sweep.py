@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +43,7 @@ from levi_fast.training.metrics import selection_key
 from levi_fast.training.prefetch import resident
 from levi_fast.training.runs import Splits, move, score
 from levi_fast.training.sharing import receive, send
+from levi_fast.training.workers import START_METHOD, start_server
 
 # Called after every head with (heads done, heads in all, the head's result).
 HeadProgress = Callable[[int, int, "HeadResult"], None]
@@ -162,23 +162,6 @@ def ranked(results: Sequence[HeadResult]) -> list[HeadResult]:
     return [result for _, result in finished] + [result for result in results if result.fit is None]
 
 
-def start_server() -> None:
-    """Start what workers come from, without waiting: its imports take seconds, in which other things can be done."""
-    if _START_METHOD != "forkserver":
-        return
-    multiprocessing.set_forkserver_preload([__name__])
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))  # libraries that would start threads at import
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _check(heads: Sequence[Head]) -> None:
     if not heads:
         raise DataError("heads: expected at least one")
@@ -212,7 +195,7 @@ def _trained_here(heads: Sequence[Head]) -> Iterator[tuple[int, HeadResult]]:
 def _trained_by_workers(heads: Sequence[Head], workers: int) -> Iterator[tuple[int, HeadResult]]:
     """(place, result) of every head, as they are done."""
     start_server()
-    context = multiprocessing.get_context(_START_METHOD)
+    context = multiprocessing.get_context(START_METHOD)
     with tempfile.TemporaryDirectory(prefix="levi-fast-") as folder:
         try:
             content = send(list(heads), folder)
@@ -233,8 +216,6 @@ def _trained_by_workers(heads: Sequence[Head], workers: int) -> Iterator[tuple[i
                 pool.shutdown(cancel_futures=True)
 
 
-_START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # torchrun's: a worker is no rank.
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 # In a worker, what it was sent.

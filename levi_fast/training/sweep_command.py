@@ -29,8 +29,9 @@ from levi_fast.training.methods import find_method, method_config
 from levi_fast.training.metrics import SELECTION_METRIC
 from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.runs import MethodResult, TapBank
-from levi_fast.training.sweep import Head, HeadProgress, HeadResult, ranked, start_server, train_heads
+from levi_fast.training.sweep import Head, HeadProgress, HeadResult, ranked, train_heads
 from levi_fast.training.sweep_file import Configuration, read_sweep
+from levi_fast.training.workers import start_server
 
 SWEEP_FILE = "sweep.json"
 # Set by get_levi_model, the same for all heads of a label column.
