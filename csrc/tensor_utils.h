@@ -110,7 +110,7 @@ inline std::string shape_text(std::initializer_list<int64_t> shape) {
 
 inline int32_t like_dtype(const torch::stable::Tensor& like) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return dtype;
 }
 
@@ -128,7 +128,7 @@ inline torch::stable::Tensor empty_of(int32_t dtype, torch::headeronly::IntHeade
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
                                                          &handle));
   return torch::stable::Tensor(handle);
@@ -163,7 +163,7 @@ inline torch::stable::Tensor empty_kept(const torch::stable::Tensor& like, std::
   if (error != AOTI_TORCH_SUCCESS) {
     give_block(block);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  TORCH_ERROR_CODE_CHECK(error);
   return torch::stable::Tensor(handle);
 }
 

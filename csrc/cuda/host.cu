@@ -50,7 +50,7 @@ Scope::Scope(const Tensor& tensor)
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(stream_getter()(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(stream_getter()(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -83,7 +83,7 @@ Scope::~Scope() { aoti_torch_grad_mode_set_enabled(gradients_); }
 
 Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (std::size_t i = sizes.size(); i-- > 0;) {
@@ -93,7 +93,7 @@ Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarTyp
   const auto wanted =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));  // the shim's own numbering
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), wanted, device_type, like.get_device_index(),
                                                          &handle));
   return Tensor(handle);
@@ -102,7 +102,7 @@ Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarTyp
 Tensor restride(const Tensor& tensor, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                 int64_t offset) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
       tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
@@ -111,7 +111,7 @@ void matmul_into(Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(a.dim() == 3 ? "aten::bmm" : "aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   to<Tensor>(stack[0]);  // takes the reference that the call returned
 }
