@@ -101,16 +101,21 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _narrow(result: Tensor, dtype: torch.dtype) -> Tensor:
+    # Not by a ``to`` that has nothing to do: torch 2.11 compiles an autograd.Function that ends in one to a gradient of 0.
+    return result if result.dtype == dtype else result.to(dtype)
+
+
 def eager_forward(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
     """The op in plain PyTorch: accumulates in fp32 (fp64 for fp64); a masked value, NaN included, is never added."""
     _check_forward(hidden, mask)
     wide = _wide(hidden.dtype)
     if mask is None:
         count = max(hidden.shape[1], 1)
-        return (hidden.sum(1, dtype=wide) / count).to(hidden.dtype)
+        return _narrow(hidden.sum(1, dtype=wide) / count, hidden.dtype)
     keep = mask != 0
     total = hidden.masked_fill(~keep[..., None], 0).sum(1, dtype=wide)
-    return (total / keep.sum(1).clamp(min=1)[:, None]).to(hidden.dtype)
+    return _narrow(total / keep.sum(1).clamp(min=1)[:, None], hidden.dtype)
 
 
 def eager_backward(grad: Tensor, mask: Tensor | None, length: int) -> Tensor:

@@ -232,7 +232,8 @@ def load_image_processor(name: str) -> Any:
     Raises:
         DataError: if it cannot be loaded: the backbone reads no images, or Pillow is missing.
     """
-    from transformers import AutoImageProcessor
+    # transformers 5.17 exports it to those alone who have torchvision, which Pillow can do without
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(_base_of(resolve_backbone(name)), trust_remote_code=False)

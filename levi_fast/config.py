@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from levi_fast.backbone_training import BACKBONE_TRAINING, check_lora
@@ -126,6 +127,14 @@ class LeviConfig(PreTrainedConfig):
             raise DataError(f"config.json: cannot be used: {str(error)[:500]}") from error
         except ValueError as error:
             raise DataError(f"config.json: {str(error)[:500]}") from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers 5.17 checks its own fields here, with an error that is no ValueError; later releases leave it to
+        # __post_init__
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:
+            raise ValueError(f"{name}: {error.__cause__ or error}") from error
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

@@ -174,6 +174,10 @@ def _row(table: Table, *cells: str) -> None:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":  # by its own word: metadata may leave out what it was built for (+cpu, +cu130)
+        import torch
+
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
