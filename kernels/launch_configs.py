@@ -132,7 +132,7 @@ class ProductConfig:
 
     @classmethod
     def from_tile_heuristic(
-        cls, traits: DeviceTraits, batches: int, m: int, n: int, k: int, itemsize: int
+        cls, traits: DeviceTraits, batches: int, m: int, n: int, k: int, itemsize: int, most_stages: int = 4
     ) -> ProductConfig:
         """Square-ish tiles where there is work for all processors, narrower and split ones where there is not.
 
@@ -154,7 +154,7 @@ class ProductConfig:
         programs = batches * ceil_div(m, block_m) * ceil_div(n, block_n)
         splits = _splits(programs, traits, ceil_div(k, block_k))
         big = block_m * block_n >= 128 * 128
-        stages = 2 if traits.hip else (3 if big else 4)
+        stages = 2 if traits.hip else (3 if big else most_stages)
         # More than 32 accumulators a thread (8 in fp32, whose operands pass through registers too) would spill.
         warps = 8 if block_m * block_n > (64 * 64 if wide else 16 * 64) else 4
         return cls(block_m, block_n, block_k, splits, 8, warps, stages)

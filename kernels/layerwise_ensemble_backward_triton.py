@@ -104,8 +104,9 @@ class _Backward:
             self._stats = row_stats(self.taps, self.view, self.batch) if self.normalize else self.like
         return self._stats
 
-    def config(self, kernel: str, batches: int, m: int, n: int, k: int) -> ProductConfig:
-        heuristic = ProductConfig.from_tile_heuristic(self.traits, batches, m, n, k, self.like.element_size())
+    def config(self, kernel: str, batches: int, m: int, n: int, k: int, most_stages: int = 4) -> ProductConfig:
+        itemsize = self.like.element_size()
+        heuristic = ProductConfig.from_tile_heuristic(self.traits, batches, m, n, k, itemsize, most_stages)
         return tuned_or(heuristic, self.traits, kernel, self.like.dtype, L=batches, M=m, N=n, K=k)
 
     def _grads(self, grad: Tensor | None, layer_grad: Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, bool]]:
@@ -186,7 +187,9 @@ class _Backward:
         view = self.view if of_view else None
         widest = max(self.taps.widths) if view is None else view.shape[1]
         shape = (sum(self.taps.widths), self.width) if view is None else (widest, self.layers, self.width)
-        config = self.config("input_weight_grad", self.layers, max(widest, 1), self.width, self.batch)
+        # Rows that do not start on 32 bytes are read in small pieces; Triton 3.6 spills four stages of them on sm_80.
+        stages = 3 if widest % 16 else 4
+        config = self.config("input_weight_grad", self.layers, max(widest, 1), self.width, self.batch, stages)
         length = _part_length(self.batch, config)
         parts = ceil_div(self.batch, length)
         dtype = torch.float32 if parts > 1 else self.like.dtype

@@ -102,7 +102,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _narrow(result: Tensor, dtype: torch.dtype) -> Tensor:
-    # Not by a ``to`` that has nothing to do: torch 2.11 compiles an autograd.Function that ends in one to a gradient of 0.
+    # Not by an idle ``to``: torch 2.11 compiles an autograd.Function that ends in one to a gradient of zero.
     return result if result.dtype == dtype else result.to(dtype)
 
 

@@ -129,8 +129,7 @@ class LeviConfig(PreTrainedConfig):
             raise DataError(f"config.json: {str(error)[:500]}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # transformers 5.17 checks its own fields here, with an error that is no ValueError; later releases leave it to
-        # __post_init__
+        # transformers 5.17 checks its own fields here, with an error that is no ValueError
         try:
             super().__setattr__(name, value)
         except StrictDataclassError as error:
