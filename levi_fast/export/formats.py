@@ -147,17 +147,15 @@ def _private_cache() -> Iterator[Path]:
 
 
 def _without_paths(source: Path, target: Path, folder: str) -> None:
-    """Copy a package without its C++ sources, and with this machine's paths overwritten in the compiled code.
+    """Copy a package with its C++ sources emptied, and with this machine's paths overwritten in the compiled code.
 
     They stand there as names of source files, in debugging information and error messages; an overwriting of the same
-    length moves nothing.
+    length moves nothing. A source's name stays: torch 2.11 derives those of other files from it.
     """
     torch_folder = str(Path(torch.__file__).parent)
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
         for entry in old.infolist():
-            if entry.filename.endswith(".cpp"):
-                continue
-            data = old.read(entry)
+            data = b"" if entry.filename.endswith(".cpp") else old.read(entry)
             for path in (folder, torch_folder, os.path.realpath(torch_folder), os.getcwd(), os.path.expanduser("~")):
                 if len(path) > 1:
                     data = data.replace(path.encode(), b"/" + b"_" * (len(path.encode()) - 1))
