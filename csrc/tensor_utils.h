@@ -128,9 +128,8 @@ inline torch::stable::Tensor empty_of(int32_t dtype, torch::headeronly::IntHeade
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);
 }
 

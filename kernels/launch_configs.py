@@ -137,7 +137,7 @@ class ProductConfig:
         """Square-ish tiles where there is work for all processors, narrower and split ones where there is not.
 
         fp32 products without tf32 run on the ordinary arithmetic units and keep their tiles in registers: 32 x 64 at
-        most, or they spill.
+        most, or they spill. ``most_stages`` bounds the pipeline of a kernel whose loads spill in longer ones.
         """
         wide = itemsize <= 2
         if m <= 16:

@@ -268,8 +268,8 @@ def train(
     if sweep is not None:
         from levi_fast.training.workers import start_server_early
 
-        start_server_early(device)
-    prepare_libraries(num_threads, "levi_fast.training.commands", "levi_fast.training.sweep_command")
+        start_server_early(device)  # it is there when the data is read
+    prepare_libraries(num_threads, "levi_fast.training." + ("commands" if sweep is None else "sweep_command"))
     fields = data_fields(
         train_file=train_file, validation=validation, test=test, ood=ood, text_column=text_column,
         numeric_column=numeric_column, categorical_column=categorical_column, label_column=label_column,

@@ -93,9 +93,8 @@ Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarTyp
   const auto wanted =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));  // the shim's own numbering
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), wanted, device_type, like.get_device_index(),
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  wanted, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -24,14 +24,12 @@ from levi_fast.training.commands import (
     prepare,
     write_model,
 )
-from levi_fast.training.fit import resolve_device
 from levi_fast.training.methods import find_method, method_config
 from levi_fast.training.metrics import SELECTION_METRIC
 from levi_fast.training.output import new_folder, require_new_folder
 from levi_fast.training.runs import MethodResult, TapBank
 from levi_fast.training.sweep import Head, HeadProgress, HeadResult, ranked, train_heads
 from levi_fast.training.sweep_file import Configuration, read_sweep
-from levi_fast.training.workers import start_server
 
 SWEEP_FILE = "sweep.json"
 # Set by get_levi_model, the same for all heads of a label column.
@@ -78,8 +76,6 @@ def train_sweep(request: TrainRequest, sweep: str, console: Console) -> dict[str
         raise DataError("--sweep: trains on precomputed taps; and here the backbone is trained")
     if request.checkpoints is not None:
         raise DataError("--sweep: trains its heads whole; leave out --checkpoints")
-    if resolve_device(request.options.device).type == "cpu":
-        start_server()  # it is there when the data is read
     columns = _label_columns(request, configurations, console)
     heads = [head for column in columns for head in column.heads]
     console.note(f"training {len(heads)} configurations")

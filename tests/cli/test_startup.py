@@ -8,15 +8,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from levi_fast.startup import importing
 
 
-def run(code: str) -> dict[str, object]:
+def run(code: str) -> list[bool]:
     """What a fresh Python prints as JSON after ``code``."""
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(done.stdout)
+    found: list[bool] = json.loads(done.stdout)
+    return found
 
 
 def test_the_collector_is_off_while_importing_and_passes_over_what_came() -> None:
@@ -75,4 +77,4 @@ def test_the_server_is_started_before_torch_is_imported(device: str, expected: b
 def test_where_a_gpu_would_train_no_server_is_started() -> None:
     pretend = "import torch\ntorch.cuda.is_available = lambda: True\n"
     assert run(pretend + STARTED.format(device="auto"))[1:] == [False, True]
-    assert run(STARTED.format(device="auto"))[1] is not __import__("torch").cuda.is_available()
+    assert run(STARTED.format(device="auto"))[1] is not torch.cuda.is_available()
